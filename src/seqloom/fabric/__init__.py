@@ -1,0 +1,37 @@
+"""Processes, their mesh and every collective between them."""
+
+from seqloom.fabric.collectives import (
+    Pending,
+    all_gather,
+    all_reduce_,
+    all_to_all,
+    barrier,
+    broadcast_,
+    shift,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+    start_shift,
+    trade,
+)
+from seqloom.fabric.mesh import AXES, Axis, Fabric
+from seqloom.fabric.meter import Meter
+
+__all__ = [
+    "AXES",
+    "Axis",
+    "Fabric",
+    "Meter",
+    "Pending",
+    "all_gather",
+    "all_reduce_",
+    "all_to_all",
+    "barrier",
+    "broadcast_",
+    "shift",
+    "start_all_gather",
+    "start_all_reduce_",
+    "start_reduce_scatter",
+    "start_shift",
+    "trade",
+]

@@ -1,0 +1,99 @@
+"""From a plan to named process groups; nothing else in seqloom makes groups."""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from seqloom.errors import PlanError
+from seqloom.fabric.meter import Meter
+from seqloom.plan import Plan
+
+AXES = ("pipeline", "data", "ring", "ulysses", "tensor")
+"""Mesh axes, slowest first: neighbouring ranks share a tensor group, then a Ulysses group."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """This rank's place on one axis of the mesh.
+
+    `rank` is the coordinate on the axis, `group` the processes along it (None when there is one).
+    """
+
+    name: str
+    rank: int
+    size: int
+    group: distributed.ProcessGroup | None = field(repr=False)
+    meter: Meter = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fabric:
+    """The processes of a run, arranged as its plan says.
+
+    `replicas` is data x ring x ulysses as one axis: the ranks that hold the same weights.
+    `world` is all ranks.
+    """
+
+    plan: Plan
+    device: torch.device
+    meter: Meter
+    pipeline: Axis
+    data: Axis
+    ring: Axis
+    ulysses: Axis
+    tensor: Axis
+    replicas: Axis
+    world: Axis
+
+    @property
+    def rank(self) -> int:
+        """This process among all of the run."""
+        return self.world.rank
+
+    @classmethod
+    def build(cls, plan: Plan, device: torch.device | str | None = None) -> "Fabric":
+        """Make the groups of `plan`; every process of the run calls it together.
+
+        torch.distributed must be initialised, unless the plan takes one process. Raises PlanError
+        when the plan does not take exactly the processes there are.
+        """
+        started = distributed.is_initialized()
+        world = distributed.get_world_size() if started else 1
+        if plan.world_size != world:
+            raise PlanError(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
+        meter, rank = Meter(), distributed.get_rank() if started else 0
+        if device is None:
+            device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        degrees = {axis: getattr(plan, axis) for axis in AXES}
+        merged = {
+            "pipeline": plan.pipeline,
+            "replicas": plan.data * plan.ring * plan.ulysses,
+            "tensor": plan.tensor,
+        }
+
+        def place(shape: dict[str, int], wanted: tuple[str, ...]) -> dict[str, Axis]:
+            if world == 1:
+                return {name: Axis(name, 0, 1, None, meter) for name in wanted}
+            mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+            return {
+                name: Axis(
+                    name,
+                    mesh.get_local_rank(name),
+                    shape[name],
+                    mesh.get_group(name) if shape[name] > 1 else None,
+                    meter,
+                )
+                for name in wanted
+            }
+
+        everyone = Axis("world", rank, world, distributed.group.WORLD if started and world > 1 else None, meter)
+        axes = place(degrees, AXES) | place(merged, ("replicas",))
+        return cls(plan=plan, device=device, meter=meter, world=everyone, **axes)
+
+    def coordinates(self) -> dict[str, int]:
+        """This rank's place on every axis of more than one rank."""
+        axes = [getattr(self, f.name) for f in fields(self) if f.name in AXES]
+        return {axis.name: axis.rank for axis in axes if axis.size > 1}

@@ -1,0 +1,29 @@
+"""Counts the bytes this rank hands to the network, by mesh axis."""
+
+from collections import Counter
+
+
+class Meter:
+    """Bytes sent since the last reset.
+
+    Counted is what leaves this rank under the bandwidth-optimal form of each collective: a shift
+    sends its block once, an all-to-all everything but its own part, an all-gather its block to each
+    of the P-1 others, a reduce-scatter the P-1 parts of others, an all-reduce 2 (P-1)/P of its
+    buffer, a broadcast its buffer once from the source.
+    """
+
+    def __init__(self) -> None:
+        self._sent: Counter[str] = Counter()
+
+    def add(self, axis: str, num_bytes: int) -> None:
+        """Record that this rank sent `num_bytes` along `axis`."""
+        self._sent[axis] += num_bytes
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """Bytes sent per axis name; an axis that sent nothing is absent."""
+        return dict(+self._sent)
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        self._sent.clear()

@@ -1,0 +1,131 @@
+"""Which plans a model, a length and a world allow; every reason at once, and the nearest legal plan."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import lcm, log2
+
+from seqloom.errors import PlanError
+from seqloom.plan.plan import Plan
+from seqloom.plan.shape import ModelShape
+
+
+def check(plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None = None, batch: int | None = None) -> None:
+    """Raise PlanError with every reason why `plan` cannot run, and the nearest plan that can.
+
+    num_tokens: length of one global sequence. world: number of processes there are, when known.
+    batch: rows of one global micro-batch, when known.
+
+    >>> tiny = ModelShape(family="llama", vocab=96, hidden=96, layers=2, heads=12, kv_heads=12, head_dim=8, max_positions=64)
+    >>> check(Plan(ulysses=8), tiny, 64)
+    Traceback (most recent call last):
+    seqloom.errors.PlanError: 12 query heads cannot be split over ulysses=8 (divisors: 1, 2, 3, 4, 6, 12). Try ring=2 ulysses=4.
+    """
+    found = reasons(plan, model, num_tokens, world=world, batch=batch)
+    if found:
+        near = nearest(plan, model, num_tokens, world=world, batch=batch)
+        raise PlanError(found, str(near) if near else None)
+
+
+def reasons(
+    plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None = None, batch: int | None = None
+) -> list[str]:
+    """Every reason why `plan` cannot run this model at this length; empty when it is legal."""
+    found = list(model.unsupported)
+    if world is not None and plan.world_size != world:
+        found.append(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
+    for axis in ("pipeline", "tensor"):
+        if getattr(plan, axis) > 1:
+            found.append(f"{axis}={getattr(plan, axis)} is not supported yet; the only degree is 1.")
+    for heads, kind in {model.kv_heads: "key/value", model.heads: "query"}.items():
+        if heads % plan.ulysses:
+            found.append(
+                f"{heads} {kind} heads cannot be split over ulysses={plan.ulysses} (divisors: {_listed(_divisors(heads))})."
+            )
+    found += _length_reasons(model, num_tokens)
+    if uneven := unsplittable(plan, num_tokens, batch):
+        found.append(uneven)
+    return found
+
+
+def unsplittable(plan: Plan, num_tokens: int, batch: int | None = None) -> str | None:
+    """Why sequences of `num_tokens`, `batch` of them when known, cannot be dealt to the plan's ranks."""
+    parts = granularity(plan)
+    if num_tokens % parts:
+        below, above = num_tokens // parts * parts, -(-num_tokens // parts) * parts
+        return (
+            f"{num_tokens} tokens cannot be split over ring={plan.ring} ulysses={plan.ulysses} layout={plan.layout}, "
+            f"which needs a multiple of {parts} (such as {f'{below} or ' if below else ''}{above})."
+        )
+    if batch is not None and batch % plan.data:
+        return (
+            f"A batch of {batch} sequences cannot be split over data={plan.data} "
+            f"(divisors: {_listed(_divisors(batch))})."
+        )
+    return None
+
+
+def _length_reasons(model: ModelShape, num_tokens: int) -> Iterator[str]:
+    if num_tokens < 1:
+        yield f"A sequence of {num_tokens} tokens is empty; the shortest has 1."
+        return
+    if num_tokens > model.max_positions:
+        yield f"A sequence of {num_tokens} tokens is longer than the model's {model.max_positions} positions."
+    if model.window is not None and model.window < num_tokens:
+        yield (
+            f"The model's attention window of {model.window} is shorter than the {num_tokens} tokens of a sequence; "
+            f"windows are not supported yet, sequences of up to {model.window} tokens are."
+        )
+
+
+def granularity(plan: Plan) -> int:
+    """The sequence length must be a multiple of this many tokens.
+
+    Zigzag deals two equal chunks to each ring rank, and the Ulysses ranks cut what a ring rank
+    holds in equal pieces.
+    """
+    chunks = 2 * plan.ring if plan.layout == "zigzag" and plan.ring > 1 else plan.ring
+    return lcm(chunks, plan.ring * plan.ulysses)
+
+
+def legal_plans(
+    plan: Plan, model: ModelShape, num_tokens: int, *, world: int, batch: int | None = None
+) -> Iterator[Plan]:
+    """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`."""
+    for data in range(1, world + 1):
+        for ring in range(1, world // data + 1):
+            if world % (data * ring) == 0:
+                spread = {"data": data, "pipeline": 1, "tensor": 1, "ring": ring}
+                candidate = replace(plan, **spread, ulysses=world // (data * ring))
+                if not reasons(candidate, model, num_tokens, world=world, batch=batch):
+                    yield candidate
+
+
+def nearest(
+    plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None = None, batch: int | None = None
+) -> Plan | None:
+    """The legal plan whose degrees are closest in ratio, or None.
+
+    It takes as many processes as there are, or else the largest part of them that divides them.
+    Ties keep the data degree, since it changes how many rows a batch needs.
+    """
+
+    def distance(other: Plan) -> tuple[float, float]:
+        apart = [abs(log2(getattr(other, axis) / getattr(plan, axis))) for axis in ("ring", "ulysses", "data")]
+        return sum(apart), apart[-1]
+
+    if model.unsupported:
+        return None
+    for size in reversed(_divisors(world or plan.world_size)):
+        for layout in dict.fromkeys([plan.layout, "contiguous"]):
+            legal = legal_plans(replace(plan, layout=layout), model, num_tokens, world=size, batch=batch)
+            if found := min(legal, key=distance, default=None):
+                return found
+    return None
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

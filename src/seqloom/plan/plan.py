@@ -1,0 +1,95 @@
+"""The whole decision of how a run is split, as one value that prints and reads back."""
+
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_type_hints
+
+from seqloom.errors import PlanError
+
+Exchange = Literal["ring", "gather"]
+LayoutKind = Literal["zigzag", "contiguous", "striped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Degrees of every mesh axis, and how attention meets the sequence axes.
+
+    data: copies of the model, each with its own rows of the batch.
+    pipeline: stages the layers are cut into.
+    ring: ranks a sequence is dealt to, exchanging keys and values.
+    ulysses: ranks that trade tokens for heads around attention (DeepSpeed-Ulysses).
+    tensor: ranks a layer's weights are split over.
+    exchange: how ring ranks see each other's keys and values: `ring` passes them around in steps,
+        `gather` collects them all first.
+    layout: which tokens a ring rank holds: `zigzag`, `contiguous` or `striped`.
+
+    >>> str(Plan(ring=2, ulysses=2))
+    'ring=2 ulysses=2'
+    >>> Plan.parse("ring=2 layout=striped") == Plan(ring=2, layout="striped")
+    True
+    """
+
+    data: int = 1
+    pipeline: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+    exchange: Exchange = "ring"
+    layout: LayoutKind = "zigzag"
+
+    def __post_init__(self) -> None:
+        reasons = [reason for f in fields(self) if (reason := _wrong(f.name, getattr(self, f.name)))]
+        if reasons:
+            raise PlanError(reasons)
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes the plan takes."""
+        return self.data * self.pipeline * self.ring * self.ulysses * self.tensor
+
+    def __str__(self) -> str:
+        said = [
+            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
+        return " ".join(said) or "data=1"
+
+    @classmethod
+    def parse(cls, text: str) -> "Plan":
+        """Read a plan as `str` prints it: fields as name=value, in any order, defaults unsaid.
+
+        Raises PlanError with every unreadable part named.
+        """
+        values: dict[str, Any] = {}
+        reasons: list[str] = []
+        for part in text.replace(",", " ").split():
+            name, equals, value = part.partition("=")
+            if not equals or not value:
+                reasons.append(f"'{part}' in the plan is not of the form name=value.")
+            elif name not in _TYPES:
+                reasons.append(f"A plan has no field '{name}'{_did_you_mean(name)}; it has {', '.join(_TYPES)}.")
+            elif name in values:
+                reasons.append(f"The plan names {name} twice.")
+            else:
+                values[name] = int(value) if _TYPES[name] is int and value.isdecimal() else value
+                reasons += filter(None, [_wrong(name, values[name])])
+        if reasons:
+            raise PlanError(reasons)
+        return cls(**values)
+
+
+_TYPES = get_type_hints(Plan)
+
+
+def _wrong(name: str, value: object) -> str | None:
+    """Why `value` cannot stand in field `name`, or None."""
+    choices = get_args(_TYPES[name])
+    if choices:
+        return None if value in choices else f"{name}={value} is unknown; it is one of {', '.join(choices)}."
+    if type(value) is not int or value < 1:
+        return f"{name}={value} is not a whole number of at least 1."
+    return None
+
+
+def _did_you_mean(name: str) -> str:
+    close = get_close_matches(name, _TYPES, 1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
