@@ -9,10 +9,10 @@ from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
 
 
-def check(plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None = None, batch: int | None = None) -> None:
+def check(plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None) -> None:
     """Raise PlanError with every reason why `plan` cannot run, and the nearest plan that can.
 
-    num_tokens: length of one global sequence. world: number of processes there are, when known.
+    num_tokens: length of one global sequence, when known. world: number of processes there are, when known.
     batch: rows of one global micro-batch, when known.
 
     >>> tiny = ModelShape(family="llama", vocab=96, hidden=96, layers=2, heads=12, kv_heads=12, head_dim=8, max_positions=64)
@@ -27,7 +27,7 @@ def check(plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None =
 
 
 def reasons(
-    plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None = None, batch: int | None = None
+    plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
 ) -> list[str]:
     """Every reason why `plan` cannot run this model at this length; empty when it is legal."""
     found = list(model.unsupported)
@@ -41,16 +41,17 @@ def reasons(
             found.append(
                 f"{heads} {kind} heads cannot be split over ulysses={plan.ulysses} (divisors: {_listed(_divisors(heads))})."
             )
-    found += _length_reasons(model, num_tokens)
+    if num_tokens is not None:
+        found += _length_reasons(model, num_tokens)
     if uneven := unsplittable(plan, num_tokens, batch):
         found.append(uneven)
     return found
 
 
-def unsplittable(plan: Plan, num_tokens: int, batch: int | None = None) -> str | None:
+def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> str | None:
     """Why sequences of `num_tokens`, `batch` of them when known, cannot be dealt to the plan's ranks."""
     parts = granularity(plan)
-    if num_tokens % parts:
+    if num_tokens is not None and num_tokens % parts:
         below, above = num_tokens // parts * parts, -(-num_tokens // parts) * parts
         return (
             f"{num_tokens} tokens cannot be split over ring={plan.ring} ulysses={plan.ulysses} layout={plan.layout}, "
@@ -88,7 +89,7 @@ def granularity(plan: Plan) -> int:
 
 
 def legal_plans(
-    plan: Plan, model: ModelShape, num_tokens: int, *, world: int, batch: int | None = None
+    plan: Plan, model: ModelShape, num_tokens: int | None, *, world: int, batch: int | None = None
 ) -> Iterator[Plan]:
     """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`."""
     for data in range(1, world + 1):
@@ -101,7 +102,7 @@ def legal_plans(
 
 
 def nearest(
-    plan: Plan, model: ModelShape, num_tokens: int, *, world: int | None = None, batch: int | None = None
+    plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
 ) -> Plan | None:
     """The legal plan whose degrees are closest in ratio, or None.
 

@@ -59,11 +59,16 @@ class SequenceShard:
 
 @dataclass(frozen=True)
 class LocalBatch:
-    """This rank's part of a batch, on its device. All fields are [local rows, local tokens], int64."""
+    """This rank's part of a batch, on its device.
+
+    input_ids, position_ids, labels: [local rows, local tokens], int64; positions count from the
+    start of each document. label_count: labels of the whole batch, on all ranks together.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    label_count: int
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def shard_batch(batch: Batch, fabric: Fabric) -> tuple[LocalBatch, SequenceShard
     )
     held = torch.cat([torch.arange(*span) for span in shard.spans])
     parts = (part[mine].index_select(1, held).to(fabric.device) for part in _columns(batch))
-    return LocalBatch(*parts), shard
+    return LocalBatch(*parts, label_count=batch.label_count), shard
 
 
 def _columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

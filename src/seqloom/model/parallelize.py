@@ -1,0 +1,92 @@
+"""An unmodified transformers model under a plan, and the gradients of its replicas."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from seqloom.errors import ModelError
+from seqloom.fabric import Axis, Fabric, broadcast_, start_all_reduce_
+from seqloom.memory import chunked_cross_entropy
+from seqloom.model.adapter import NAME, probe
+from seqloom.plan import ModelShape, check
+from seqloom.sequence import LocalBatch, SequenceShard
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients are summed in flat buffers of about this size: few messages, and each on its way while the next fills."""
+
+LOSS_CHUNK_TOKENS = 1024
+
+
+def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
+    """Make `model` compute its part of every sequence, as the fabric's plan says; returns the same model.
+
+    The weights become those of rank 0 everywhere and move to the fabric's device. From then on it
+    is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`. Raises PlanError when
+    the plan does not fit the model, ModelError when the model has what cannot be split exactly.
+    """
+    shape = ModelShape.from_config(model.config.to_dict())
+    check(fabric.plan, shape)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ModelError(f"{name} drops out with p={module.p}, which would depend on the plan; set it to 0.")
+    probe(model)
+    model.set_attn_implementation(NAME)
+    model.to(fabric.device)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            broadcast_(tensor, fabric.replicas)
+    return model
+
+
+def token_loss(
+    model: PreTrainedModel,
+    local: LocalBatch,
+    shard: SequenceShard,
+    *,
+    total: int | None = None,
+    chunk_tokens: int = LOSS_CHUNK_TOKENS,
+) -> Tensor:
+    """This rank's share of the mean loss over all label tokens, in nats; the shares of all ranks sum to it.
+
+    total: label tokens of the whole optimizer step, over all ranks and micro-batches; by default
+    those of this micro-batch. chunk_tokens: tokens whose logits exist at once. A rank without
+    labels contributes exactly 0. Gradients of the shares sum (never average) over ranks to the
+    gradient of the mean: see `sum_gradients`.
+    """
+    hidden = model.base_model(**local.inputs, sequence=shard).last_hidden_state
+    head = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    summed = chunked_cross_entropy(hidden, head.weight, bias, local.labels, chunk_tokens=chunk_tokens)
+    return summed / max(local.label_count if total is None else total, 1)
+
+
+def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
+    """Sum every gradient over all ranks that hold the same weights; call it after backward.
+
+    After it each rank holds the gradient of the global mean loss. Raises ModelError where a
+    trainable parameter has no gradient: the ranks could not tell it from a missing message.
+    """
+    bucket: list[Tensor] = []
+    pending = []
+    held = 0
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            raise ModelError(f"{name} has no gradient: the loss does not depend on it; call requires_grad_(False) on it.")
+        if bucket and (held > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
+            pending.append(_start(bucket, fabric.replicas))
+            bucket, held = [], 0
+        bucket.append(parameter.grad)
+        held += parameter.grad.numel() * parameter.grad.element_size()
+    if bucket:
+        pending.append(_start(bucket, fabric.replicas))
+    for gradients, work in pending:
+        flat = work.wait()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _start(gradients: list[Tensor], axis: Axis) -> tuple:
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    return gradients, start_all_reduce_(flat, axis)
