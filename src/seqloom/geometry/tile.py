@@ -84,7 +84,8 @@ def coalesce(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     """
     tiles = list(tiles)
     full = _join([tile for tile in tiles if tile.full], along_k=True)
-    squares, other = [], [tile for tile in tiles if not tile.full and not tile.causal]
+    squares: list[Tile] = []
+    other = [tile for tile in tiles if not tile.full and not tile.causal]
     for tile in sorted(tile for tile in tiles if tile.causal):
         last = squares[-1] if squares else None
         bridge = Tile(tile.q, last.k) if last else None

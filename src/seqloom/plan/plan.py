@@ -48,9 +48,7 @@ class Plan:
         return self.data * self.pipeline * self.ring * self.ulysses * self.tensor
 
     def __str__(self) -> str:
-        said = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
+        said = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
         return " ".join(said) or "data=1"
 
     @classmethod

@@ -20,6 +20,7 @@ _TINY: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
+    "initializer_range": 0.2,
 }
 
 TINY_SHAPES: dict[str, dict[str, Any]] = {
@@ -67,7 +68,9 @@ class ModelShape:
             )
         wrong = [key for key in _NEEDED[1:] if type(config[key]) is not int or config[key] < 1]
         if wrong:
-            raise ModelError(f"The model configuration's {wrong[0]} is {config[wrong[0]]!r}, not a whole number above 0.")
+            raise ModelError(
+                f"The model configuration's {wrong[0]} is {config[wrong[0]]!r}, not a whole number above 0."
+            )
         heads = config["num_attention_heads"]
         return cls(
             family=config["model_type"],
@@ -122,7 +125,8 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if kind in ("dynamic", "longrope"):
         # transformers recomputes these frequencies from the longest position it sees, which differs by rank.
         found.append(
-            f"rope type '{kind}' changes with the longest position a rank holds; use 'default', 'linear', 'yarn' or 'llama3'."
+            f"rope type '{kind}' changes with the longest position a rank holds; "
+            "use 'default', 'linear', 'yarn' or 'llama3'."
         )
     return found
 
@@ -138,14 +142,17 @@ def read_config(source: str) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise ModelError(
-            f"There is no model '{source}': give one of {', '.join(FAMILIES)}, a config.json, or a folder that holds one."
+            f"There is no model '{source}': give one of {', '.join(FAMILIES)}, "
+            "a config.json, or a folder that holds one."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not readable as JSON ({error}); give a Hugging Face config.json.") from error
     if not isinstance(config, dict):
-        raise ModelError(f"{path} holds a JSON {type(config).__name__}, not an object; give a Hugging Face config.json.")
+        raise ModelError(
+            f"{path} holds a JSON {type(config).__name__}, not an object; give a Hugging Face config.json."
+        )
     return config
 
 
