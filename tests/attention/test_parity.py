@@ -4,11 +4,10 @@ from itertools import product
 
 import pytest
 import torch
-from attention.oracle import dense_attention, error
 from torch import Tensor
 
-from seqloom.attention import attention
-from seqloom.attention import specification
+from attention.oracle import dense_attention, error
+from seqloom.attention import attention, specification
 from seqloom.fabric import Fabric
 from seqloom.plan import Plan
 from seqloom.sequence import Batch, shard_batch

@@ -21,7 +21,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, *, scale
     like q. Every rank of the ring and Ulysses axes calls it together.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    if torch.is_autocast_enabled(device):
+        # As torch does for its own attention; rotary angles leave q and k in float32 but v in the lower type.
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    with torch.autocast(device, enabled=False):
         q, k, v = to_heads(q, k, v, sequence.ulysses)
         out = EXCHANGES[sequence.exchange].apply(q, k, v, sequence, scale)
         return to_tokens(out, sequence.ulysses)

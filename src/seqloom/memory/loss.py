@@ -46,8 +46,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [
-            None if x is None else (x * grad).to(dtype)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if x is None else (x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *scaled, None, None, None
 

@@ -82,7 +82,7 @@ def refuse_unknown(layer: str, asked: dict[str, Any]) -> None:
     """Raise ModelError for a keyword that would change attention and is not honoured here."""
     for name, given in asked.items():
         # None, 0 and False are how families say that they do not use an option; causal is what we do.
-        if name in NEUTRAL or not isinstance(given, Tensor) and (not given or (name, given) == ("is_causal", True)):
+        if name in NEUTRAL or (not isinstance(given, Tensor) and (not given or (name, given) == ("is_causal", True))):
             continue
         raise ModelError(f"{layer} asks attention for {name}={given}, which is not supported yet; set it to none.")
     if asked.get("is_causal") is False:

@@ -73,7 +73,9 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
         if not parameter.requires_grad:
             continue
         if parameter.grad is None:
-            raise ModelError(f"{name} has no gradient: the loss does not depend on it; call requires_grad_(False) on it.")
+            raise ModelError(
+                f"{name} has no gradient: the loss does not depend on it; call requires_grad_(False) on it."
+            )
         if bucket and (held > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
             pending.append(_start(bucket, fabric.replicas))
             bucket, held = [], 0

@@ -9,16 +9,19 @@ from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
 
 
-def check(plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None) -> None:
+def check(
+    plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
+) -> None:
     """Raise PlanError with every reason why `plan` cannot run, and the nearest plan that can.
 
     num_tokens: length of one global sequence, when known. world: number of processes there are, when known.
     batch: rows of one global micro-batch, when known.
 
-    >>> tiny = ModelShape(family="llama", vocab=96, hidden=96, layers=2, heads=12, kv_heads=12, head_dim=8, max_positions=64)
-    >>> check(Plan(ulysses=8), tiny, 64)
+    >>> from seqloom.plan import fit, read_config
+    >>> tiny = ModelShape.from_config(fit(read_config("llama"), Plan(), 64, heads=12))
+    >>> check(Plan(ulysses=8), tiny, 64)    # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    seqloom.errors.PlanError: 12 query heads cannot be split over ulysses=8 (divisors: 1, 2, 3, 4, 6, 12). Try ring=2 ulysses=4.
+    seqloom.errors.PlanError: 12 query heads cannot be split over ulysses=8 ... Try ring=2 ulysses=4.
     """
     found = reasons(plan, model, num_tokens, world=world, batch=batch)
     if found:
@@ -39,30 +42,31 @@ def reasons(
     for heads, kind in {model.kv_heads: "key/value", model.heads: "query"}.items():
         if heads % plan.ulysses:
             found.append(
-                f"{heads} {kind} heads cannot be split over ulysses={plan.ulysses} (divisors: {_listed(_divisors(heads))})."
+                f"{heads} {kind} heads cannot be split over ulysses={plan.ulysses} "
+                f"(divisors: {_listed(_divisors(heads))})."
             )
     if num_tokens is not None:
         found += _length_reasons(model, num_tokens)
-    if uneven := unsplittable(plan, num_tokens, batch):
-        found.append(uneven)
+    found += unsplittable(plan, num_tokens, batch)
     return found
 
 
-def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> str | None:
-    """Why sequences of `num_tokens`, `batch` of them when known, cannot be dealt to the plan's ranks."""
+def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> Iterator[str]:
+    """Why sequences of `num_tokens`, `batch` of them, as far as known, cannot be dealt to the plan's ranks."""
     parts = granularity(plan)
     if num_tokens is not None and num_tokens % parts:
         below, above = num_tokens // parts * parts, -(-num_tokens // parts) * parts
-        return (
+        yield (
             f"{num_tokens} tokens cannot be split over ring={plan.ring} ulysses={plan.ulysses} layout={plan.layout}, "
             f"which needs a multiple of {parts} (such as {f'{below} or ' if below else ''}{above})."
         )
-    if batch is not None and batch % plan.data:
-        return (
+    if batch is not None and batch < 1:
+        yield f"A batch of {batch} sequences is empty; the smallest has 1."
+    elif batch is not None and batch % plan.data:
+        yield (
             f"A batch of {batch} sequences cannot be split over data={plan.data} "
             f"(divisors: {_listed(_divisors(batch))})."
         )
-    return None
 
 
 def _length_reasons(model: ModelShape, num_tokens: int) -> Iterator[str]:
@@ -92,13 +96,12 @@ def legal_plans(
     plan: Plan, model: ModelShape, num_tokens: int | None, *, world: int, batch: int | None = None
 ) -> Iterator[Plan]:
     """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`."""
-    for data in range(1, world + 1):
-        for ring in range(1, world // data + 1):
-            if world % (data * ring) == 0:
-                spread = {"data": data, "pipeline": 1, "tensor": 1, "ring": ring}
-                candidate = replace(plan, **spread, ulysses=world // (data * ring))
-                if not reasons(candidate, model, num_tokens, world=world, batch=batch):
-                    yield candidate
+    for data in _divisors(world):
+        for ring in _divisors(world // data):
+            ulysses = world // (data * ring)
+            candidate = replace(plan, data=data, pipeline=1, ring=ring, ulysses=ulysses, tensor=1)
+            if not reasons(candidate, model, num_tokens, world=world, batch=batch):
+                yield candidate
 
 
 def nearest(

@@ -9,6 +9,9 @@ from seqloom.errors import PlanError
 Exchange = Literal["ring", "gather"]
 LayoutKind = Literal["zigzag", "contiguous", "striped"]
 
+MOST = 65_536
+"""The largest degree of an axis."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -68,7 +71,7 @@ class Plan:
             elif name in values:
                 reasons.append(f"The plan names {name} twice.")
             else:
-                values[name] = int(value) if _TYPES[name] is int and value.isdecimal() else value
+                values[name] = int(value) if _TYPES[name] is int and value.isdecimal() and len(value) < 9 else value
                 reasons += filter(None, [_wrong(name, values[name])])
         if reasons:
             raise PlanError(reasons)
@@ -83,8 +86,8 @@ def _wrong(name: str, value: object) -> str | None:
     choices = get_args(_TYPES[name])
     if choices:
         return None if value in choices else f"{name}={value} is unknown; it is one of {', '.join(choices)}."
-    if type(value) is not int or value < 1:
-        return f"{name}={value} is not a whole number of at least 1."
+    if type(value) is not int or not 1 <= value <= MOST:
+        return f"{name}={value} is not a whole number from 1 to {MOST:,}."
     return None
 
 

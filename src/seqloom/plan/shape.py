@@ -58,51 +58,62 @@ class ModelShape:
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
         """Read a Hugging Face configuration, as `config.json` holds it.
 
-        Raises ModelError where a needed number is missing.
+        Keys that are absent take the family's defaults, as transformers gives them. Raises ModelError
+        with everything that is missing or cannot be.
         """
-        missing = [key for key in _NEEDED if config.get(key) is None]
+        family = config.get("model_type")
+        if not isinstance(family, str):
+            raise ModelError(
+                f"The model configuration's model_type is {family!r}; it must name a family such as 'llama'."
+            )
+        values = {**_DEFAULTS.get(family, {}), **{key: value for key, value in config.items() if value is not None}}
+        missing = [key for key in _NEEDED if key not in values]
         if missing:
             raise ModelError(
                 f"The model configuration lacks {', '.join(missing)}; "
                 "give the config.json of a Hugging Face causal language model."
             )
-        wrong = [key for key in _NEEDED[1:] if type(config[key]) is not int or config[key] < 1]
-        if wrong:
+        for key in (*_NEEDED, *_OPTIONAL):
+            if key in values and (type(values[key]) is not int or values[key] < 1):
+                raise ModelError(f"The model configuration's {key} is {values[key]!r}, not a whole number above 0.")
+        heads = values["num_attention_heads"]
+        kv_heads = values.get("num_key_value_heads", heads)
+        if heads % kv_heads:
             raise ModelError(
-                f"The model configuration's {wrong[0]} is {config[wrong[0]]!r}, not a whole number above 0."
+                f"{heads} query heads cannot share {kv_heads} key/value heads evenly; use a divisor of {heads}."
             )
-        heads = config["num_attention_heads"]
         return cls(
-            family=config["model_type"],
-            vocab=config["vocab_size"],
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
+            family=family,
+            vocab=values["vocab_size"],
+            hidden=values["hidden_size"],
+            layers=values["num_hidden_layers"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            max_positions=config["max_position_embeddings"],
-            window=_window(config),
+            kv_heads=kv_heads,
+            head_dim=values.get("head_dim", values["hidden_size"] // heads),
+            max_positions=values["max_position_embeddings"],
+            window=_window(family, config, values),
             unsupported=tuple(_unsupported(config)),
         )
 
 
-_NEEDED = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-)
+_NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+}
+"""What transformers takes where a configuration does not say, as far as a plan depends on it."""
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
-    window = config.get("sliding_window")
-    layer_types = config.get("layer_types")
-    if layer_types is not None and "sliding_attention" not in layer_types:
+def _window(family: str, config: Mapping[str, Any], values: Mapping[str, Any]) -> int | None:
+    """The window that attention uses: Llama has none, Qwen only where it says so, and null means none."""
+    layer_types = values.get("layer_types")
+    unused = isinstance(layer_types, list) and "sliding_attention" not in layer_types
+    switched_off = values.get("use_sliding_window") is False
+    if family == "llama" or unused or switched_off or config.get("sliding_window", 0) is None:
         return None
-    # Qwen2 and Qwen3 carry a window in every configuration and use it only where they say so.
-    return None if config.get("use_sliding_window") is False else window
+    return values.get("sliding_window")
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
@@ -121,6 +132,8 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
             f"attention_dropout={config['attention_dropout']} would depend on how the sequence is split; set it to 0.0."
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        return [*found, f"The rope settings are {rope!r}; they must be a section such as {{'rope_type': 'default'}}."]
     kind = rope.get("rope_type") or rope.get("type")
     if kind in ("dynamic", "longrope"):
         # transformers recomputes these frequencies from the longest position it sees, which differs by rank.
@@ -179,6 +192,6 @@ def fit(
     grown["num_key_value_heads"] = kv_heads
     grown["num_attention_heads"] = heads if heads is not None else kv_heads * group
     grown["hidden_size"] = grown["num_attention_heads"] * config["head_dim"]
-    grown["num_hidden_layers"] = layers or max(config["num_hidden_layers"], plan.pipeline)
+    grown["num_hidden_layers"] = max(config["num_hidden_layers"], plan.pipeline) if layers is None else layers
     grown["max_position_embeddings"] = max(config["max_position_embeddings"], num_tokens)
     return grown

@@ -83,9 +83,9 @@ def shard_batch(batch: Batch, fabric: Fabric) -> tuple[LocalBatch, SequenceShard
     rows or tokens cannot be split.
     """
     plan = fabric.plan
-    reason = unsplittable(plan, batch.num_tokens, len(batch.tokens))
-    if reason:
-        raise PlanError(reason)
+    reasons = list(unsplittable(plan, batch.num_tokens, len(batch.tokens)))
+    if reasons:
+        raise PlanError(reasons)
     _same_everywhere(batch, fabric)
     rows = len(batch.tokens) // plan.data
     mine = slice(fabric.data.rank * rows, (fabric.data.rank + 1) * rows)

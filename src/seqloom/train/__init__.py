@@ -1,5 +1,17 @@
-"""Training: data, steps, checkpoints and the loop."""
+"""Training: text, steps, checkpoints and the loop."""
 
+from seqloom.train.config import Config, load_config
+from seqloom.train.loop import Summary, prepare, train
 from seqloom.train.step import StepReport, apply_gradients, compute_gradients, computing
 
-__all__ = ["StepReport", "apply_gradients", "compute_gradients", "computing"]
+__all__ = [
+    "Config",
+    "StepReport",
+    "Summary",
+    "apply_gradients",
+    "compute_gradients",
+    "computing",
+    "load_config",
+    "prepare",
+    "train",
+]

@@ -8,6 +8,7 @@ from torch import Tensor
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.verify.oracle import Trajectory
 
+
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """How errors are measured in one type.

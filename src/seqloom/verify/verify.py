@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
-from seqloom.model import parallelize
+from seqloom.model import build_model, parallelize
 from seqloom.plan import ModelShape, Plan, check
 from seqloom.sequence import Batch
 from seqloom.train import apply_gradients, compute_gradients
@@ -72,12 +72,8 @@ class Case:
 
     def model(self) -> PreTrainedModel:
         """The model, the same on every rank, in float32 or float64."""
-        torch.manual_seed(self.seed)
-        config = AutoConfig.for_model(**{**self.config, "dtype": "float32"})
         dtype = torch.float64 if self.dtype == "float64" else torch.float32
-        if self.weights is None:
-            return AutoModelForCausalLM.from_config(config).to(dtype).train()
-        return AutoModelForCausalLM.from_pretrained(self.weights, config=config, local_files_only=True).to(dtype).train()
+        return build_model(self.config, weights=self.weights, dtype=dtype, seed=self.seed)
 
 
 def verify(case: Case) -> Verdict:

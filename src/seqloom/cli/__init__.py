@@ -1,0 +1,3 @@
+"""The command line; `seqloom.cli.main:main` is its entrance."""
+
+__all__: list[str] = []

@@ -1,0 +1,99 @@
+"""seqloom verify"""
+
+import json
+import os
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from seqloom.errors import ConfigError
+
+
+def verify(  # noqa: PLR0913, PLR0917
+    plan: Annotated[str, typer.Option("--plan", help='The plan, such as "ring=2 ulysses=2".')],
+    model: Annotated[str, typer.Option("--model", help="llama, mistral, qwen2, qwen3, a config.json, or a folder.")],
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens of one sequence.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", help="Query heads of a built-in model.")] = None,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key/value heads of a built-in model.")] = None,
+    layers: Annotated[int | None, typer.Option("--layers", help="Layers of a built-in model.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Sequences of a micro-batch on each data rank.")] = 1,
+    documents: Annotated[str | None, typer.Option("--documents", help="Lengths packed in a sequence: 60,7,61.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps taken before parameters are compared.")] = 1,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Micro-batches of a step.")] = 1,
+    dtype: Annotated[str, typer.Option("--dtype", help="float64, float32 or bf16 (autocast).")] = "float64",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
+) -> None:
+    """Run a model under a plan and on one device, and hold loss, gradients and parameters against each other.
+
+    Exit status 0 only if they are equal; 1 if they differ, 2 if the case is refused.
+    """
+    from seqloom.cli.shape import model_settings
+    from seqloom.plan import ModelShape, Plan, check, granularity
+
+    wanted = Plan.parse(plan)
+    lengths = _lengths(documents)
+    if seq_len is None:
+        parts = granularity(wanted)
+        seq_len = sum(lengths) if lengths else -(-64 // parts) * parts
+    settings = model_settings(model, wanted, seq_len, heads, kv_heads, layers)
+    check(wanted, ModelShape.from_config(settings), seq_len)
+
+    # torch loads only now, so that a plan that cannot run is told at once.
+    from seqloom.fabric.launch import distributed, under_torchrun
+    from seqloom.model import weights_folder
+    from seqloom.verify import Case, verify_here
+    from seqloom.verify import verify as run
+
+    case = Case(
+        config=settings,
+        weights=weights_folder(model),
+        plan=wanted,
+        num_tokens=seq_len,
+        batch=batch,
+        accumulate=accumulate,
+        steps=steps,
+        documents=lengths,
+        dtype=dtype,
+    )
+    if under_torchrun():
+        case.check()
+        with distributed():
+            verdict = verify_here(case)
+    else:
+        verdict = run(case)
+    if os.environ.get("RANK", "0") == "0":
+        values = {**asdict(verdict), "equal": verdict.equal, "num_tokens": seq_len}
+        typer.echo(json.dumps(values, indent=1) if as_json else _table(values))
+    if not verdict.equal:
+        raise typer.Exit(1)
+
+
+def _lengths(documents: str | None) -> tuple[int, ...] | None:
+    if documents is None:
+        return None
+    parts = documents.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--documents '{documents}' is not a list of lengths; write them as 60,7,61.")
+    return tuple(map(int, parts))
+
+
+def _table(verdict: dict[str, Any]) -> str:
+    rows = [
+        ("loss", verdict["loss_error"], ""),
+        ("gradient norm", verdict["gradient_norm_error"], ""),
+        ("worst gradient", verdict["worst_gradient_error"], verdict["worst_parameter"]),
+        ("parameters", verdict["parameter_error"], f"after {verdict['steps']} step{'s' * (verdict['steps'] > 1)}"),
+    ]
+    lines = [
+        f"{name:<15} error {error:.1e}  {'ok' if error <= verdict['tolerance'] else 'OVER'}  {said}".rstrip()
+        for name, error, said in rows
+    ]
+    outcome = "equals" if verdict["equal"] else "DIFFERS FROM"
+    return "\n".join(
+        [
+            f"Plan '{verdict['plan']}' on {verdict['world_size']} processes, {verdict['num_tokens']} tokens, "
+            f"{verdict['dtype']}: {outcome} one device (tolerance {verdict['tolerance']:.1e}).",
+            *lines,
+        ]
+    )

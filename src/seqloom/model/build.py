@@ -1,0 +1,47 @@
+"""A transformers model from a configuration, with random weights or those of a folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from seqloom.errors import ModelError
+
+
+def weights_folder(source: str | None) -> Path | None:
+    """`source` if it is a folder that holds a model's weights, or None."""
+    folder = Path(source) if source else None
+    if folder is None or not folder.is_dir():
+        return None
+    return folder if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")) else None
+
+
+def build_model(
+    settings: Mapping[str, Any], *, weights: Path | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """The causal language model of a Hugging Face configuration, ready to train.
+
+    weights: a folder to load them from; otherwise they are drawn from `seed`, alike on every rank.
+    Raises ModelError where the weights do not fit the configuration.
+    """
+    config = AutoConfig.for_model(**{**settings, "dtype": "float32"})
+    if weights is None:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).to(dtype).train()
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            weights, config=config, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"The weights in {weights} cannot be loaded ({' '.join(str(error).split())[:300]})."
+        ) from error
+    lacking = [name for key in ("missing_keys", "mismatched_keys") for name in report[key]]
+    if lacking:
+        raise ModelError(
+            f"The weights in {weights} do not fit the configuration: {lacking[0]} is missing or of another shape "
+            f"({len(lacking)} in all); use the config.json that belongs to them."
+        )
+    return model.to(dtype).train()

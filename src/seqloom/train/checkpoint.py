@@ -1,0 +1,145 @@
+"""Checkpoints: whole or absent, checked before they are loaded, the same run bit for bit after.
+
+A checkpoint is a folder `step-000120` that `torch.distributed.checkpoint` wrote: parameters and
+optimizer state by name, random state by rank, and `progress.json` with everything else and the size
+of every file. It is written under another name and renamed when it is complete.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import PreTrainedModel
+
+from seqloom.errors import CheckpointError
+from seqloom.fabric import Fabric, barrier
+
+_NAME = re.compile(r"step-(\d{6,})$")
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    step: optimizer steps taken. sequences: sequences of the data order consumed. plan: the plan it
+    ran under. text: the fingerprint of the packed text. config: its settings.
+    """
+
+    step: int
+    sequences: int
+    plan: str
+    text: int
+    config: dict[str, Any]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None; unfinished ones carry another name."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    fabric: Fabric,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of a step and drop all but the `keep` newest; every rank calls it together."""
+    target = folder / f"step-{progress.step:06d}"
+    unfinished = target.with_suffix(".unfinished")
+    if fabric.rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    barrier(fabric.world)
+    checkpoint.save(_state(model, optimizer, fabric), checkpoint_id=unfinished, no_dist=fabric.world.size == 1)
+    if fabric.rank == 0:
+        files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+        written = json.dumps({"files": files, **asdict(progress)}, indent=1)
+        (unfinished / _PROGRESS).write_text(written, encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        whole = sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
+        for old in whole[:-keep]:
+            shutil.rmtree(old)
+    barrier(fabric.world)
+    return target
+
+
+def read_progress(path: Path) -> Progress:
+    """Read where a checkpoint stands, having checked that all its files are there in full.
+
+    Raises CheckpointError for one that is incomplete.
+    """
+    advice = "remove that folder and resume from an older one"
+    try:
+        written = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
+        files = written.pop("files")
+        progress = Progress(**written)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint: {_PROGRESS} is missing or broken; {advice}."
+        ) from error
+    for name, size in files.items():
+        file = path / name
+        there = file.stat().st_size if file.is_file() else 0
+        if there != size:
+            raise CheckpointError(f"{path} is not a whole checkpoint: {name} has {there} bytes of {size}; {advice}.")
+    return progress
+
+
+def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> None:
+    """Restore parameters, optimizer and random state; every rank calls it together.
+
+    Raises CheckpointError, before anything is changed, where the checkpoint is of another model.
+    """
+    state = _state(model, optimizer, fabric)
+    _check_names(path, state)
+    checkpoint.load(state, checkpoint_id=path, no_dist=fabric.world.size == 1)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for device, numbers in state["random"][str(fabric.rank)].items():
+        (torch.cuda.set_rng_state if device == "cuda" else torch.set_rng_state)(numbers)
+
+
+def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict[str, Any]:
+    weights, moments = get_state_dict(model, optimizer)
+    random = {"cpu": torch.get_rng_state()}
+    if fabric.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state()
+    return {"model": weights, "optimizer": moments, "random": {str(fabric.rank): random}}
+
+
+def _check_names(path: Path, state: Mapping[str, Any]) -> None:
+    """Compare names, shapes and types of parameters: loading would cast and skip without a word."""
+    written = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    there = {
+        name.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
+        for name, entry in written.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    here = {name: (tuple(x.shape), x.dtype) for name, x in state["model"].items() if isinstance(x, Tensor)}
+    differing = [name for name in (*here, *(there.keys() - here)) if here.get(name) != there.get(name)]
+    if differing:
+        name = differing[0]
+        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        raise CheckpointError(
+            f"{path} is of another model: {name} is {_described(there.get(name))} there and "
+            f"{_described(here.get(name))} here{more}; resume with the configuration it was trained with."
+        )
+
+
+def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    if entry is None:
+        return "absent"
+    return f"{list(entry[0])} in {str(entry[1]).removeprefix('torch.')}"

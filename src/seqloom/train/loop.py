@@ -1,0 +1,271 @@
+"""A training run, from a checked configuration to its last checkpoint."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from seqloom import __version__
+from seqloom.errors import CheckpointError, ConfigError
+from seqloom.fabric import Fabric
+from seqloom.model import build_model, parallelize, weights_folder
+from seqloom.plan import ModelShape, check
+from seqloom.sequence import Batch
+from seqloom.train.checkpoint import Progress, load, newest, read_progress, save
+from seqloom.train.config import Config, TrainConfig
+from seqloom.train.data import find_files, load_text
+from seqloom.train.packing import PackedText, order
+from seqloom.train.progress import Display, Metrics, MetricsFile
+from seqloom.train.schedule import learning_rate
+from seqloom.train.step import apply_gradients, compute_gradients
+from seqloom.train.stop import StopRequest
+from seqloom.train.tokenizer import load_tokenizer
+
+CHECKPOINTS = "checkpoints"
+FREE_TO_CHANGE = (
+    "steps",
+    "learning_rate",
+    "warmup_steps",
+    "final_learning_rate_share",
+    "weight_decay",
+    "betas",
+    "clip",
+)
+"""Keys of `train` that may differ when a run is resumed; a note says so. All else must be as it was."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended. step: optimizer steps taken. stopped: it was asked to stop before its last step."""
+
+    step: int
+    steps: int
+    loss: float
+    unigram_entropy: float
+    stopped: bool
+    folder: Path
+
+
+def prepare(config: Config, *, resume: bool) -> tuple[str, ...]:
+    """Refuse what would fail later, before any process starts and before anything is written.
+
+    Returns notes for the user. Raises ConfigError, PlanError, DataError, CheckpointError.
+    """
+    shape = ModelShape.from_config(config.model.settings())
+    check(config.plan, shape, config.data.sequence_length, batch=config.train.micro_batch)
+    find_files(config.data.files)
+    folder = config.run.folder
+    held = [name for name in (CHECKPOINTS, "metrics.jsonl") if (folder / name).exists()]
+    if held and not resume:
+        raise ConfigError(
+            f"{folder} holds a run already ({held[0]}); go on with it by --resume, or name another run.folder."
+        )
+    path = newest(folder / CHECKPOINTS)
+    if not resume:
+        return ()
+    if path is None:
+        return (f"There is no checkpoint in {folder} yet, so training starts from the beginning.",)
+    return _compare_settings(path, read_progress(path), config)
+
+
+def train(config: Config, resume: bool) -> Summary:
+    """Run training; every rank calls it inside `distributed`, after `prepare` has passed in their launcher."""
+    fabric = Fabric.build(config.plan)
+    settings = config.model.settings()
+    tokenizer = load_tokenizer(config.data.tokenizer, model_vocab=settings["vocab_size"])
+    text = load_text(config.data, tokenizer)
+    weights = weights_folder(config.model.path)
+    model = parallelize(build_model(settings, weights=weights, seed=config.train.seed), fabric)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = _optimizer(model, config.train)
+    path = newest(config.run.folder / CHECKPOINTS) if resume else None
+    done = 0
+    if path is not None:
+        done = _restore(path, text, model, optimizer, fabric)
+    return _Run(config, fabric, text, model, optimizer).go(done)
+
+
+@dataclass
+class _Run:
+    """What a run holds while it goes on."""
+
+    config: Config
+    fabric: Fabric
+    text: PackedText
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+
+    def go(self, done: int) -> Summary:
+        """Take the steps from number `done` on."""
+        train, folder, leader = self.config.train, self.config.run.folder, self.fabric.rank == 0
+        loss, step = float("nan"), done
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopRequest())
+            if leader:
+                self._introduce(folder)
+                display = stack.enter_context(Display(train.steps, done))
+                metrics = MetricsFile(folder / "metrics.jsonl", done)
+                stack.callback(metrics.close)
+            stopped, saved = stop.agreed(self.fabric), done
+            while step < train.steps and not stopped:
+                line = self._step(step)
+                step, loss = line.step, line.loss
+                if leader:
+                    metrics.write(line)
+                    display.show(line)
+                stopped = stop.agreed(self.fabric)
+                if (
+                    stopped
+                    or step == train.steps
+                    or (self.config.run.save_every and step % self.config.run.save_every == 0)
+                ):
+                    self._save(step)
+                    saved = step
+            if stopped and saved < step:
+                self._save(step)
+        if leader and step == train.steps:
+            disable_progress_bar()  # of transformers, which would draw one for a single file
+            self.model.save_pretrained(folder / "model")
+        return Summary(step, train.steps, loss, self.text.unigram_entropy, stopped and step < train.steps, folder)
+
+    def _step(self, step: int) -> Metrics:
+        train, started = self.config.train, perf_counter()
+        self.fabric.meter.reset()
+        rate = learning_rate(train, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        report = compute_gradients(
+            self.model, self._batches(step), self.fabric, precision=train.precision, chunk_tokens=train.loss_chunk
+        )
+        apply_gradients(self.model, self.optimizer, report, clip=train.clip)
+        seconds = perf_counter() - started
+        return Metrics(
+            step=step + 1,
+            loss=report.loss,
+            gradient_norm=report.gradient_norm,
+            learning_rate=rate,
+            label_tokens=report.label_count,
+            seconds=seconds,
+            tokens_per_second=train.batch * self.config.data.sequence_length / seconds,
+            sent_bytes=self.fabric.meter.sent,
+        )
+
+    def _batches(self, step: int) -> list[Batch]:
+        """The global micro-batches of a step; they depend on the data order and the step alone."""
+        train = self.config.train
+        numbers = order(self.config.data.seed, self.text.num_sequences, step * train.batch, train.batch)
+        return [self.text.batch(part) for part in numbers.reshape(train.accumulate, train.micro_batch)]
+
+    def _save(self, step: int) -> None:
+        progress = Progress(
+            step=step,
+            sequences=step * self.config.train.batch,
+            plan=str(self.config.plan),
+            text=self.text.fingerprint,
+            config=_settings(self.config),
+        )
+        checkpoints = self.config.run.folder / CHECKPOINTS
+        save(checkpoints, progress, self.model, self.optimizer, self.fabric, self.config.run.keep)
+
+    def _introduce(self, folder: Path) -> None:
+        """Write what the run is, for the report and for `verify`, and say it."""
+        config, text = self.config, self.text
+        parameters = sum(p.numel() for p in self.model.parameters())
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.config.save_pretrained(folder)
+        described = {
+            "plan": str(config.plan),
+            "world_size": config.plan.world_size,
+            "model": config.model.settings(),
+            "num_tokens": config.data.sequence_length,
+            "batch": config.train.micro_batch,
+            "accumulate": config.train.accumulate,
+            "dtype": config.train.precision,
+            "gradient_checkpointing": config.train.gradient_checkpointing,
+            "parameters": parameters,
+            "unigram_entropy": text.unigram_entropy,
+            "steps": config.train.steps,
+            "data": {
+                "files": text.num_files,
+                "documents": text.num_documents,
+                "tokens": text.num_tokens,
+                "sequences": text.num_sequences,
+            },
+            "versions": {"seqloom": __version__, **{name: version(name) for name in ("torch", "transformers")}},
+        }
+        (folder / "run.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        display = Display(config.train.steps, 0)
+        for note in text.notes:
+            display.say(note)
+        display.say(
+            f"{type(self.model).__name__} of {parameters:,} parameters, plan '{config.plan}' on "
+            f"{config.plan.world_size} processes, {text.num_sequences:,} sequences of {text.sequence_length:,} tokens "
+            f"from {text.num_files:,} files."
+        )
+        display.say(
+            f"Guessing each token from how often it occurs would cost {text.unigram_entropy:.3f} nats "
+            "(the text's unigram entropy)."
+        )
+
+
+def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW that decays matrices, and leaves norms and biases alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas)
+
+
+def _restore(
+    path: Path, text: PackedText, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric
+) -> int:
+    progress = read_progress(path)
+    if progress.text != text.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on other text than data.files holds now; "
+            "restore the files, or name another run.folder."
+        )
+    load(path, model, optimizer, fabric)
+    return progress.step
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, the model's path replaced by what it says."""
+    return config.model_dump(mode="json") | {"model": config.model.settings()}
+
+
+def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[str, ...]:
+    """Notes about settings that changed harmlessly; CheckpointError for those that would change the run."""
+    before, now = (_flat(settings) for settings in (progress.config, json.loads(json.dumps(_settings(config)))))
+    changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+    free = {f"train.{key}" for key in FREE_TO_CHANGE}
+    fixed = [key for key in changed if key not in free and not key.startswith("run.")]
+    if fixed:
+        said = ", ".join(f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in fixed)
+        raise CheckpointError(
+            f"{path} was written with other settings: {said}; resume with those it was written with, "
+            "or name another run.folder."
+        )
+    return tuple(
+        f"{key} was {was} when the checkpoint was written and is {value} now."
+        for key, (was, value) in changed.items()
+        if key in free
+    )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
