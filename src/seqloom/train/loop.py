@@ -30,6 +30,7 @@ from seqloom.train.stop import StopRequest
 from seqloom.train.tokenizer import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
+RECENT = 10  # steps the closing loss is averaged over: a step of few sequences says little alone
 FREE_TO_CHANGE = (
     "steps",
     "learning_rate",
@@ -44,7 +45,11 @@ FREE_TO_CHANGE = (
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run ended. step: optimizer steps taken. stopped: it was asked to stop before its last step."""
+    """How a run ended.
+
+    step: optimizer steps taken. loss: mean of the last `RECENT` steps, NaN where none was taken.
+    stopped: the run was asked to stop before its last step.
+    """
 
     step: int
     steps: int
@@ -107,35 +112,35 @@ class _Run:
     def go(self, done: int) -> Summary:
         """Take the steps from number `done` on."""
         train, folder, leader = self.config.train, self.config.run.folder, self.fabric.rank == 0
-        loss, step = float("nan"), done
+        losses, step = [], done
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest())
             if leader:
-                self._introduce(folder)
                 display = stack.enter_context(Display(train.steps, done))
+                self._introduce(folder, display)
                 metrics = MetricsFile(folder / "metrics.jsonl", done)
                 stack.callback(metrics.close)
-            stopped, saved = stop.agreed(self.fabric), done
+            stopped = stop.agreed(self.fabric)
             while step < train.steps and not stopped:
                 line = self._step(step)
-                step, loss = line.step, line.loss
+                step = line.step
+                losses.append(line.loss)
                 if leader:
                     metrics.write(line)
                     display.show(line)
                 stopped = stop.agreed(self.fabric)
-                if (
-                    stopped
-                    or step == train.steps
-                    or (self.config.run.save_every and step % self.config.run.save_every == 0)
-                ):
+                if stopped or step == train.steps or self._due(step):
                     self._save(step)
-                    saved = step
-            if stopped and saved < step:
-                self._save(step)
         if leader and step == train.steps:
             disable_progress_bar()  # of transformers, which would draw one for a single file
             self.model.save_pretrained(folder / "model")
+        recent = losses[-RECENT:]
+        loss = sum(recent) / len(recent) if recent else float("nan")
         return Summary(step, train.steps, loss, self.text.unigram_entropy, stopped and step < train.steps, folder)
+
+    def _due(self, step: int) -> bool:
+        every = self.config.run.save_every
+        return every is not None and step % every == 0
 
     def _step(self, step: int) -> Metrics:
         train, started = self.config.train, perf_counter()
@@ -176,7 +181,7 @@ class _Run:
         checkpoints = self.config.run.folder / CHECKPOINTS
         save(checkpoints, progress, self.model, self.optimizer, self.fabric, self.config.run.keep)
 
-    def _introduce(self, folder: Path) -> None:
+    def _introduce(self, folder: Path, display: Display) -> None:
         """Write what the run is, for the report and for `verify`, and say it."""
         config, text = self.config, self.text
         parameters = sum(p.numel() for p in self.model.parameters())
@@ -203,7 +208,6 @@ class _Run:
             "versions": {"seqloom": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         }
         (folder / "run.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-        display = Display(config.train.steps, 0)
         for note in text.notes:
             display.say(note)
         display.say(

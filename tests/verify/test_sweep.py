@@ -1,0 +1,133 @@
+"""Every plan computes what one device computes: the long table, and a part of it for every day.
+
+The whole table is every data x ring x ulysses in worlds 1, 2, 3, 4, 6 and 8, every layout and exchange, Llama and
+Qwen2; each entry runs one and two sequences a data rank, whole and packed with documents cut at awkward places.
+"""
+
+from itertools import product
+
+import pytest
+
+from pool import Pool
+from seqloom.plan import Plan, fit, granularity, read_config
+from seqloom.verify import Case, Verdict, verify_here
+
+WORLDS = (1, 2, 3, 4, 6, 8)
+FAMILIES = ("llama", "qwen2")
+TOLERANCE = 1e-9
+
+
+def degrees(world: int) -> list[tuple[int, int, int]]:
+    """Every (data, ring, ulysses) whose product is `world`."""
+    return [t for t in product(range(1, world + 1), repeat=3) if t[0] * t[1] * t[2] == world]
+
+
+WHOLE = [
+    Plan(data=data, ring=ring, ulysses=ulysses, layout=layout, exchange=exchange)
+    for world in WORLDS
+    for data, ring, ulysses in degrees(world)
+    for layout, exchange in product(("zigzag", "contiguous", "striped"), ("ring", "gather"))
+]
+
+PART = [
+    "data=1",
+    "ring=2",
+    "ulysses=2 layout=striped",
+    "data=3",
+    "ring=3 exchange=gather",
+    "ulysses=3 exchange=gather",
+    "ring=2 ulysses=2 layout=contiguous exchange=gather",
+    "data=2 ring=2 layout=striped exchange=gather",
+    "ring=3 ulysses=2 layout=striped",
+    "data=2 ulysses=3",
+    "ring=2 ulysses=4",
+    "data=2 ring=2 ulysses=2 layout=contiguous",
+]
+
+
+def awkward(num_tokens: int, plan: Plan) -> tuple[int, ...]:
+    """Document lengths with cuts beside the borders of shards, never on them where it can be helped, and single tokens."""
+    local = num_tokens // (plan.ring * plan.ulysses)
+    cuts = {1, local - 1, local + 1, num_tokens // 2 + 1, num_tokens - 2, num_tokens - 1} & set(range(1, num_tokens))
+    bounds = [0, *sorted(cuts), num_tokens]
+    return tuple(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+
+
+def cases(plan: Plan, family: str) -> list[Case]:
+    """The entry of one plan: batch 1 and 2, whole and packed, at an odd multiple of the shortest legal length."""
+    parts = granularity(plan)
+    num_tokens = parts * (-(-40 // parts) | 1)
+    config = fit(read_config(family), plan, num_tokens)
+    return [
+        Case(config=config, plan=plan, num_tokens=num_tokens, batch=batch, documents=documents)
+        for batch, documents in product((1, 2), (None, awkward(num_tokens, plan)))
+    ]
+
+
+def verify_each(each: list[Case]) -> list[Verdict]:
+    """What a rank does."""
+    return [verify_here(case) for case in each]
+
+
+def assert_equal(pool: Pool, each: list[Case]) -> None:
+    """Run the cases and hold every rank's verdict to the tolerance, not only to the verdict's own."""
+    for verdicts in pool.run(each[0].plan.world_size, verify_each, each, timeout_seconds=240):
+        assert len(verdicts) == len(each)
+        for case, verdict in zip(each, verdicts, strict=True):
+            errors = (verdict.loss_error, verdict.gradient_norm_error, verdict.worst_gradient_error, verdict.parameter_error)
+            assert verdict.equal and all(0 <= error <= TOLERANCE for error in errors), (case, verdict)
+
+
+def test_the_table_is_whole() -> None:
+    """Catches a table that lost entries, and cuts that fall on the borders of shards only."""
+    assert len(WHOLE) == 32 * 3 * 2 and {plan.world_size for plan in WHOLE} == set(WORLDS)
+    assert {Plan.parse(text).world_size for text in PART} == set(WORLDS)
+    for plan in WHOLE:
+        for case in cases(plan, "llama"):
+            case.check()
+            assert case.documents is None or (min(case.documents) == 1 and len(case.documents) >= 5), case
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text", PART)
+def test_part(pool: Pool, text: str, family: str) -> None:
+    """Any loss, norm or gradient that depends on the plan."""
+    single, *_, packed = cases(Plan.parse(text), family)
+    assert_equal(pool, [single, packed])
+
+
+def several_steps(plan: Plan, family: str) -> list[Case]:
+    """Two optimizer steps of two packed micro-batches each."""
+    packed = cases(plan, family)[1]
+    return [
+        Case(
+            config=packed.config,
+            plan=plan,
+            num_tokens=packed.num_tokens,
+            documents=packed.documents,
+            steps=2,
+            accumulate=2,
+        )
+    ]
+
+
+@pytest.mark.parametrize("text", ["ring=2 ulysses=2", "data=3", "data=2 ring=2 exchange=gather"])
+def test_part_of_several_steps(pool: Pool, text: str) -> None:
+    """A micro-batch weighed by its own labels, gradients kept from the step before, or replicas that drift apart."""
+    assert_equal(pool, several_steps(Plan.parse(text), "llama"))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", WHOLE, ids=str)
+def test_whole(pool: Pool, plan: Plan, family: str) -> None:
+    """Any loss, norm or gradient that depends on the plan: the whole table, 384 entries of 4 cases."""
+    assert_equal(pool, cases(plan, family))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("plan", [plan for plan in WHOLE if (plan.layout, plan.exchange) == ("zigzag", "ring")], ids=str)
+def test_whole_of_several_steps(pool: Pool, plan: Plan, family: str) -> None:
+    """Parameters that part from one device's after two steps of two micro-batches, for every split of every world."""
+    assert_equal(pool, several_steps(plan, family))
