@@ -44,7 +44,8 @@ def train(
         against = "below" if summary.loss < summary.unigram_entropy else "above"
         typer.echo(
             f"Trained {summary.step} steps. Loss of the last steps {summary.loss:.3f} nats, {against} the text's "
-            f"unigram entropy of {summary.unigram_entropy:.3f}. Metrics, checkpoints and the model are in {summary.folder}."
+            f"unigram entropy of {summary.unigram_entropy:.3f}. Metrics, checkpoints and the model are in "
+            f"{summary.folder}."
         )
     else:
         typer.echo(f"All {summary.steps} steps were taken already; raise train.steps to train on.")

@@ -1,6 +1,6 @@
 """From a plan to named process groups; nothing else in seqloom makes groups."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from torch import distributed
@@ -75,25 +75,18 @@ class Fabric:
         }
 
         def place(shape: dict[str, int], wanted: tuple[str, ...]) -> dict[str, Axis]:
-            if world == 1:
-                return {name: Axis(name, 0, 1, None, meter) for name in wanted}
-            mesh = init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-            return {
-                name: Axis(
-                    name,
-                    mesh.get_local_rank(name),
-                    shape[name],
-                    mesh.get_group(name) if shape[name] > 1 else None,
-                    meter,
-                )
+            # Only axes of more than one rank are in the mesh: a group costs threads and a rendezvous.
+            wide = {name: size for name, size in shape.items() if size > 1}
+            alone = {name: Axis(name, 0, 1, None, meter) for name in wanted}
+            if not wide:
+                return alone
+            mesh = init_device_mesh(device.type, tuple(wide.values()), mesh_dim_names=tuple(wide))
+            return alone | {
+                name: Axis(name, mesh.get_local_rank(name), wide[name], mesh.get_group(name), meter)
                 for name in wanted
+                if name in wide
             }
 
         everyone = Axis("world", rank, world, distributed.group.WORLD if started and world > 1 else None, meter)
         axes = place(degrees, AXES) | place(merged, ("replicas",))
         return cls(plan=plan, device=device, meter=meter, world=everyone, **axes)
-
-    def coordinates(self) -> dict[str, int]:
-        """This rank's place on every axis of more than one rank."""
-        axes = [getattr(self, f.name) for f in fields(self) if f.name in AXES]
-        return {axis.name: axis.rank for axis in axes if axis.size > 1}

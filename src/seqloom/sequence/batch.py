@@ -48,10 +48,10 @@ class Batch:
         lengths = None if documents is None else tuple(tuple(row) for row in documents)
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
+        batch = cls(tokens, labels, lengths)  # refuses lengths that do not fit, before they cut the labels
         for row, row_lengths in enumerate(lengths or ()):
-            ends = torch.tensor(row_lengths).cumsum(0) - 1
-            labels[row, ends[ends < tokens.shape[1]]] = NO_LABEL
-        return cls(tokens, labels, lengths)
+            labels[row, torch.tensor(row_lengths).cumsum(0) - 1] = NO_LABEL
+        return batch
 
     @property
     def num_tokens(self) -> int:

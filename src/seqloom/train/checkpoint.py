@@ -25,6 +25,7 @@ from seqloom.fabric import Fabric, barrier
 
 _NAME = re.compile(r"step-(\d{6,})$")
 _PROGRESS = "progress.json"
+_ADVICE = "remove that folder and resume from an older one"
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Progress:
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, or None; unfinished ones carry another name."""
-    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    return next(reversed(_whole(folder)), None)
 
 
 def save(
@@ -63,15 +63,14 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     barrier(fabric.world)
-    checkpoint.save(_state(model, optimizer, fabric), checkpoint_id=unfinished, no_dist=fabric.world.size == 1)
+    checkpoint.save(_state(model, optimizer, fabric), checkpoint_id=unfinished)
     if fabric.rank == 0:
         files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
         written = json.dumps({"files": files, **asdict(progress)}, indent=1)
         (unfinished / _PROGRESS).write_text(written, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
-        whole = sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name))
-        for old in whole[:-keep]:
+        for old in _whole(folder)[:-keep]:
             shutil.rmtree(old)
     barrier(fabric.world)
     return target
@@ -82,34 +81,46 @@ def read_progress(path: Path) -> Progress:
 
     Raises CheckpointError for one that is incomplete.
     """
-    advice = "remove that folder and resume from an older one"
     try:
         written = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
         files = written.pop("files")
         progress = Progress(**written)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not a whole checkpoint: {_PROGRESS} is missing or broken; {advice}."
+            f"{path} is not a whole checkpoint: {_PROGRESS} is missing or broken; {_ADVICE}."
         ) from error
     for name, size in files.items():
         file = path / name
         there = file.stat().st_size if file.is_file() else 0
         if there != size:
-            raise CheckpointError(f"{path} is not a whole checkpoint: {name} has {there} bytes of {size}; {advice}.")
+            raise CheckpointError(f"{path} is not a whole checkpoint: {name} has {there} bytes of {size}; {_ADVICE}.")
     return progress
 
 
 def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> None:
     """Restore parameters, optimizer and random state; every rank calls it together.
 
-    Raises CheckpointError, before anything is changed, where the checkpoint is of another model.
+    Raises CheckpointError, before the run goes on, where the checkpoint is of another model or cannot be read.
     """
     state = _state(model, optimizer, fabric)
-    _check_names(path, state)
-    checkpoint.load(state, checkpoint_id=path, no_dist=fabric.world.size == 1)
+    try:
+        _check_names(path, state)
+        checkpoint.load(state, checkpoint_id=path)
+    except CheckpointError:
+        raise
+    # Bytes gone bad end in whatever pickle, zip or torch meets first; all of it means the same to the reader.
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {said}); {_ADVICE}.") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for device, numbers in state["random"][str(fabric.rank)].items():
         (torch.cuda.set_rng_state if device == "cuda" else torch.set_rng_state)(numbers)
+
+
+def _whole(folder: Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first: by number, for step 1000000 follows step 999999."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict[str, Any]:
