@@ -10,7 +10,7 @@ MARGIN = 4.0
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, in norms: 1.0 for zeros, 0.5 for half the answer, NaN where either is not finite."""
+    """|actual - expected| / |expected|, in norms: 1.0 for zeros, 0.5 for half the answer, NaN for the infinite."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()
     return float((actual - expected).norm() / expected.norm())
@@ -23,9 +23,13 @@ def assert_close(actual: Tensor | float, expected: Tensor | float, *, tolerance:
     well outside the tolerance, and so must the answer with the sign turned. An expected value of zeros has no such
     scale, so it is refused; assert equality with 0 instead.
     """
-    actual, expected = (torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else torch.float64) for x in (actual, expected))
+    actual, expected = (
+        torch.as_tensor(x, dtype=None if isinstance(x, Tensor) else torch.float64) for x in (actual, expected)
+    )
     whole = expected.detach().double()
-    assert whole.numel() and math.isfinite(whole.norm()) and whole.norm() > 0, "no teeth: nothing finite to compare with"
+    assert whole.numel() and math.isfinite(whole.norm()) and whole.norm() > 0, (
+        "no teeth: nothing finite to compare with"
+    )
     for factor in {0.0, 0.5, 2.0, -1.0, *((1 / ranks, float(ranks)) if ranks > 1 else ())}:
         missed = relative_error(whole * factor, whole)
         assert missed > MARGIN * tolerance, f"no teeth: {factor:g} times the answer passes a tolerance of {tolerance:g}"

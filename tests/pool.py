@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -40,7 +41,7 @@ class Pool:
         self._context.set_forkserver_preload(PRELOADED)
         with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # which pytest has extended
             forkserver.ensure_running()
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         self._calls = 0
         self._workers: list[tuple[Any, Connection]] = []
 
@@ -128,14 +129,15 @@ def _serve(rank: int, pipe: Connection, port: int) -> None:
     faulthandler.register(signal.SIGUSR1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
+    closing: deque[threading.Thread] = deque()
     while True:
         try:
             job = pipe.recv()
         except EOFError:
             return
         try:
-            said: bytes | Failure = _do(rank, store, *job)
+            said: bytes | Failure = _do(rank, store, closing, *job)
         except BaseException as error:
             said = Failure.of(rank, error)
             error.__traceback__ = None  # its frames hold tensors, models and groups
@@ -146,21 +148,32 @@ def _serve(rank: int, pipe: Connection, port: int) -> None:
 
 
 def _do(
-    rank: int, store: Any, call: int, world: int, timeout_seconds: float, module: str, file: str | None, payload: bytes
+    rank: int,
+    store: Any,
+    closing: deque[threading.Thread],
+    call: int,
+    world: int,
+    timeout_seconds: float,
+    module: str,
+    file: str | None,
+    payload: bytes,
 ) -> bytes:
     _import(module, file)
     function, args = pickle.loads(payload)
     timeout = timedelta(seconds=timeout_seconds)
-    prefix = dist.PrefixStore(f"call {call}", store)
+    prefix = dist.PrefixStore(f"call {call}", store)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=prefix, rank=rank, world_size=world, timeout=timeout)
     try:
         return pickle.dumps(function(*args))
     finally:
-        # gloo takes 10 ms to close each connection, which need not hold up the next call.
+        # gloo takes 10 ms to close each connection, which need not hold up the next call; nor may it pile up.
         groups = list(dist.distributed_c10d._world.pg_map)
         if dist.is_initialized():
             dist.destroy_process_group()
-        threading.Thread(target=groups.clear).start()
+        if len(closing) == 8:
+            closing.popleft().join()
+        closing.append(threading.Thread(target=groups.clear, daemon=True))
+        closing[-1].start()
 
 
 def _import(module: str, file: str | None) -> None:

@@ -54,9 +54,16 @@ def fail_on(rank: int, error: Exception) -> None:
     meet_until_the_end()
 
 
-def die_on(rank: int, number: int) -> None:
+def fail_while_peers_are_busy(rank: int, error: Exception) -> None:
     if dist.get_rank() == rank:
-        os.kill(os.getpid(), number)
+        raise error
+    time.sleep(600)
+
+
+def die_on(rank: int, stamp: Path) -> None:
+    if dist.get_rank() == rank:
+        stamp.write_text(str(time.monotonic()))
+        os.kill(os.getpid(), signal.SIGKILL)
     meet_until_the_end()
 
 
@@ -66,11 +73,12 @@ def leave_on(rank: int) -> None:
     meet_until_the_end()
 
 
-def peers_race_to_exit(rank: int) -> None:
+def peers_race_to_exit(rank: int, stamp: Path) -> None:
     """Every peer falls out of the collective with its own error before the death of `rank` can be seen."""
     if dist.get_rank() == rank:
         dist.destroy_process_group()
         time.sleep(0.5)
+        stamp.write_text(str(time.monotonic()))
         os.kill(os.getpid(), signal.SIGKILL)
     meet_until_the_end()
 
@@ -172,16 +180,9 @@ def test_ranks_that_never_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 # Failures.
 
 
-@contextmanager
-def within(seconds: float) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < seconds
-
-
 def test_raise_on_one_rank() -> None:
     """The echo of a peer ("connection closed") shown in place of the error, or the error without its rank."""
-    with within(20), pytest.raises(WorkerError) as caught:
+    with pytest.raises(WorkerError) as caught:
         run_local(3, fail_on, 2, ValueError("the number is bad"))
     assert str(caught.value) == "rank 2 failed: ValueError: the number is bad"
     assert caught.value.rank == 2
@@ -189,26 +190,26 @@ def test_raise_on_one_rank() -> None:
 
 
 def test_own_errors_come_back_as_themselves() -> None:
-    """A PlanError that loses its reasons on the way, or turns into a nameless failure of a worker."""
+    """A PlanError that loses its reasons on the way, or whose peers are waited for until they notice."""
     with pytest.raises(PlanError) as caught:
-        run_local(2, fail_on, 1, PlanError(["7 heads are odd.", "9 tokens too."], "ring=2"))
+        run_local(2, fail_while_peers_are_busy, 1, PlanError(["7 heads are odd.", "9 tokens too."], "ring=2"))
     assert caught.value.reasons == ("7 heads are odd.", "9 tokens too.") and caught.value.nearest == "ring=2"
     assert str(caught.value) == "7 heads are odd. Also: 9 tokens too. Try ring=2."
     assert any("Raised on rank 1" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("how", [die_on, peers_race_to_exit])
-def test_killed_rank(how: Callable[..., None]) -> None:
+def test_killed_rank(how: Callable[..., None], tmp_path: Path) -> None:
     """Peers that wait for a dead rank until the group's timeout, or are blamed for its death."""
-    arguments = (1, signal.SIGKILL) if how is die_on else (1,)
-    with within(20), pytest.raises(WorkerError) as caught:
-        run_local(3, how, *arguments)
+    with pytest.raises(WorkerError) as caught:
+        run_local(3, how, 1, tmp_path / "stamp")
+    assert time.monotonic() - float((tmp_path / "stamp").read_text()) < 20
     assert str(caught.value) == "rank 1 was killed by SIGKILL (often: out of memory)"
 
 
 def test_rank_that_leaves_without_a_word() -> None:
     """A rank that calls exit taken for one that is done."""
-    with within(20), pytest.raises(WorkerError, match="rank 0 left with exit status 3 and no result"):
+    with pytest.raises(WorkerError, match="rank 0 left with exit status 3 and no result"):
         run_local(2, leave_on, 0)
 
 
@@ -245,10 +246,8 @@ def test_pool_survives_its_tests(pool: Pool) -> None:
     with pytest.raises(WorkerError, match="rank 1 failed: ZeroDivisionError: here") as caught:
         pool.run(3, fail_on, 1, ZeroDivisionError("here"))
     assert "in fail_on" in caught.value.trace
-    with within(10), pytest.raises(WorkerError, match=r"no answer in 1 s from rank 0, 1;"):
+    with pytest.raises(WorkerError, match=r"no answer in 1 s from rank 0, 1;"):
         pool.run(2, time.sleep, 600, timeout_seconds=1)
-    with pytest.raises(WorkerError, match="rank 0 was killed by SIGKILL"):
-        pool.run(2, die_on, 0, signal.SIGKILL)
     for world in (8, 3, 1):
         answers = pool.run(world, describe, "pool")
         assert [answer[1:4] for answer in answers] == [(rank, world, world * (world + 1) / 2) for rank in range(world)]
@@ -303,7 +302,7 @@ def test_sigterm_reaches_the_ranks(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("number", "raised"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
 def test_stop_without_a_handler(capfd: pytest.CaptureFixture[str], number: int, raised: type[BaseException]) -> None:
     """Three tracebacks at Ctrl-C, or a caller that reports a killed worker when its user stopped it."""
-    with within(20), pytest.raises(raised) as caught:
+    with pytest.raises(raised) as caught:
         run_local(3, signal_caller, number, sleep_on)
     assert number == signal.SIGINT or caught.value.args == (143,)
     assert capfd.readouterr().err == ""

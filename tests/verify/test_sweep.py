@@ -4,7 +4,7 @@ The whole table is every data x ring x ulysses in worlds 1, 2, 3, 4, 6 and 8, ev
 Qwen2; each entry runs one and two sequences a data rank, whole and packed with documents cut at awkward places.
 """
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 
@@ -46,11 +46,11 @@ PART = [
 
 
 def awkward(num_tokens: int, plan: Plan) -> tuple[int, ...]:
-    """Document lengths with cuts beside the borders of shards, never on them where it can be helped, and single tokens."""
+    """Document lengths with cuts beside the borders of shards rather than on them, and single tokens."""
     local = num_tokens // (plan.ring * plan.ulysses)
     cuts = {1, local - 1, local + 1, num_tokens // 2 + 1, num_tokens - 2, num_tokens - 1} & set(range(1, num_tokens))
     bounds = [0, *sorted(cuts), num_tokens]
-    return tuple(stop - start for start, stop in zip(bounds, bounds[1:], strict=False))
+    return tuple(stop - start for start, stop in pairwise(bounds))
 
 
 def cases(plan: Plan, family: str) -> list[Case]:
@@ -74,7 +74,12 @@ def assert_equal(pool: Pool, each: list[Case]) -> None:
     for verdicts in pool.run(each[0].plan.world_size, verify_each, each, timeout_seconds=240):
         assert len(verdicts) == len(each)
         for case, verdict in zip(each, verdicts, strict=True):
-            errors = (verdict.loss_error, verdict.gradient_norm_error, verdict.worst_gradient_error, verdict.parameter_error)
+            errors = (
+                verdict.loss_error,
+                verdict.gradient_norm_error,
+                verdict.worst_gradient_error,
+                verdict.parameter_error,
+            )
             assert verdict.equal and all(0 <= error <= TOLERANCE for error in errors), (case, verdict)
 
 
@@ -127,7 +132,9 @@ def test_whole(pool: Pool, plan: Plan, family: str) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("plan", [plan for plan in WHOLE if (plan.layout, plan.exchange) == ("zigzag", "ring")], ids=str)
+@pytest.mark.parametrize(
+    "plan", [plan for plan in WHOLE if (plan.layout, plan.exchange) == ("zigzag", "ring")], ids=str
+)
 def test_whole_of_several_steps(pool: Pool, plan: Plan, family: str) -> None:
     """Parameters that part from one device's after two steps of two micro-batches, for every split of every world."""
     assert_equal(pool, several_steps(plan, family))

@@ -68,6 +68,8 @@ class ModelShape:
             )
         values = {**_DEFAULTS.get(family, {}), **{key: value for key, value in config.items() if value is not None}}
         missing = [key for key in _NEEDED if key not in values]
+        if missing and family not in TINY_SHAPES:  # other families name these numbers differently
+            raise ModelError(_unknown_family(family))
         if missing:
             raise ModelError(
                 f"The model configuration lacks {', '.join(missing)}; "
@@ -116,11 +118,15 @@ def _window(family: str, config: Mapping[str, Any], values: Mapping[str, Any]) -
     return values.get("sliding_window")
 
 
+def _unknown_family(family: str) -> str:
+    return f"Model family '{family}' is not supported yet; supported are {', '.join(FAMILIES)}."
+
+
 def _unsupported(config: Mapping[str, Any]) -> list[str]:
     family = config["model_type"]
     found = []
     if family not in TINY_SHAPES:
-        found.append(f"Model family '{family}' is not supported yet; supported are {', '.join(FAMILIES)}.")
+        found.append(_unknown_family(family))
     for key, what in (
         ("attn_logit_softcapping", "soft-capped attention scores"),
         ("final_logit_softcapping", "soft-capped logits"),

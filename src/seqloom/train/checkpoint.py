@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import PreTrainedModel
@@ -63,7 +64,12 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     barrier(fabric.world)
-    checkpoint.save(_state(model, optimizer, fabric), checkpoint_id=unfinished)
+    try:
+        checkpoint.save(_state(model, optimizer, fabric), checkpoint_id=unfinished)
+    except CheckpointException as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({_first_failure(error)}); make room there and resume from the one before."
+        ) from error
     if fabric.rank == 0:
         files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
         written = json.dumps({"files": files, **asdict(progress)}, indent=1)
@@ -103,15 +109,11 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, f
     Raises CheckpointError, before the run goes on, where the checkpoint is of another model or cannot be read.
     """
     state = _state(model, optimizer, fabric)
+    _check_names(path, state)
     try:
-        _check_names(path, state)
         checkpoint.load(state, checkpoint_id=path)
-    except CheckpointError:
-        raise
-    # Bytes gone bad end in whatever pickle, zip or torch meets first; all of it means the same to the reader.
-    except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} cannot be read ({type(error).__name__}: {said}); {_ADVICE}.") from error
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} cannot be read ({_first_failure(error)}); {_ADVICE}.") from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     for device, numbers in state["random"][str(fabric.rank)].items():
         (torch.cuda.set_rng_state if device == "cuda" else torch.set_rng_state)(numbers)
@@ -133,7 +135,11 @@ def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fab
 
 def _check_names(path: Path, state: Mapping[str, Any]) -> None:
     """Compare names, shapes and types of parameters: loading would cast and skip without a word."""
-    written = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    try:
+        written = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
+    # Bytes gone bad end in whatever pickle meets first; all of it means the same to the reader.
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({_said(error)}); {_ADVICE}.") from error
     there = {
         name.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
         for name, entry in written.items()
@@ -154,3 +160,13 @@ def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     if entry is None:
         return "absent"
     return f"{list(entry[0])} in {str(entry[1]).removeprefix('torch.')}"
+
+
+def _first_failure(error: CheckpointException) -> str:
+    """What went wrong on the first rank that failed to read or write."""
+    inner, _ = next(iter(error.failures.values()))
+    return _said(inner)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

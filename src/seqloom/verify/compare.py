@@ -77,8 +77,8 @@ def compare(run: Trajectory, reference: Trajectory, fabric: Fabric, dtype: str) 
         dtype=dtype,
         steps=len(reference.losses),
         tolerance=measure.tolerance,
-        loss_error=_relative(run.losses, reference.losses),
-        gradient_norm_error=_relative(run.norms, reference.norms),
+        loss_error=_relative(run.losses, reference.losses, fabric),
+        gradient_norm_error=_relative(run.norms, reference.norms, fabric),
         worst_gradient_error=gradient_errors[worst].item(),
         worst_parameter=names[worst],
         parameter_error=parameter_errors.max().item(),
@@ -96,5 +96,10 @@ def _errors(actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float
     return all_reduce_(stacked, fabric.world, "max")
 
 
-def _relative(actual: list[float], expected: list[float]) -> float:
-    return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
+def _relative(actual: list[float], expected: list[float], fabric: Fabric) -> float:
+    """The relative error of numbers, the worst over all of them and all ranks; infinite where one is not finite."""
+    run, reference = (
+        torch.tensor(numbers, dtype=torch.float64, device=fabric.device) for numbers in (actual, expected)
+    )
+    errors = ((run - reference) / reference).abs().nan_to_num(nan=float("inf"))
+    return all_reduce_(errors.max(), fabric.world, "max").item()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from seqloom.errors import ModelError
+from seqloom.errors import DataError, ModelError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
 from seqloom.model import build_model, parallelize
@@ -54,7 +54,8 @@ class Case:
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         check(self.plan, ModelShape.from_config(self.config), self.num_tokens)
-        self.batches()
+        if not all(sum(batch.label_count for batch in step) for step in self.batches()):
+            raise DataError("No token predicts another, since every document is one token long; give longer documents.")
 
     def batches(self) -> list[list[Batch]]:
         """For each step its global micro-batches of random tokens."""

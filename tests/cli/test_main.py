@@ -1,0 +1,307 @@
+"""The command line: what it offers, and what it says when it is used wrongly."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from seqloom.cli.main import app, main
+from train.runs import contents, environment, started, write_config
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run a command line in this process: exit status, stdout, stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["seqloom", *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        said = capfd.readouterr()
+        return int(left.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_config(tmp_path, steps=2)
+
+
+def commands() -> dict[str, click.Command]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    return dict(group.commands)
+
+
+FLAGS = {
+    "": "--debug --version",
+    "train": "config overrides --resume",
+    "verify": "--plan --model --seq-len --heads --kv-heads --layers --batch --documents --steps --accumulate --dtype "
+    "--json",
+    "plan": "--check --model --seq-len --world --heads --kv-heads --layers",
+    "report": "folder",
+}
+
+
+def test_every_flag() -> None:
+    """Catches a flag that is renamed or dropped, or comes in without a test: a change here is a change of the face
+    that scripts rely on."""
+    found = {"": typer.main.get_command(app), **commands()}
+    said = {
+        name: " ".join("/".join([*p.opts, *p.secondary_opts]) for p in command.params if "--help" not in p.opts)
+        for name, command in found.items()
+    }
+    assert said == FLAGS
+
+
+@pytest.mark.parametrize("command", [*FLAGS])
+def test_help(cli: Cli, command: str) -> None:
+    """Catches a command whose help fails, or an option without a word on what it does."""
+    code, out, err = cli(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    for flag in FLAGS[command].split():
+        assert flag in out.lower()
+    if command:
+        for parameter in commands()[command].params:
+            assert getattr(parameter, "help", None), parameter.name
+
+
+def test_version(cli: Cli) -> None:
+    """Catches a version that is not the package's."""
+    import seqloom
+
+    assert cli("--version") == (0, f"seqloom {seqloom.__version__}\n", "")
+
+
+def refused(said: tuple[int, str, str]) -> str:
+    """The one sentence of a refusal."""
+    code, out, err = said
+    assert (code, out) == (2, ""), said
+    assert err.startswith("Error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    return err.removeprefix("Error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.lerning_rate=1", "train.lerning_rate is not a setting (did you mean 'train.learning_rate'?)."),
+        ("optimizer.lr=1", "optimizer is not a setting; there are plan, model, data, train, run."),
+        ("train.steps=ten", "train.steps is 'ten' (a string); it must be a whole number."),
+        ("train.steps=0", "train.steps is 0; it must be at least 1."),
+        ("plan=ring=two", "ring=two is not a whole number from 1 to 65,536."),
+        ("plan=rong=2", "A plan has no field 'rong' (did you mean 'ring'?)"),
+        ("train.steps", "The override 'train.steps' is not of the form section.key=value."),
+        ("model.path=lama", "There is no model 'lama'"),
+        ("data.files=[nowhere.txt]", "No file matches 'nowhere.txt' of data.files"),
+        ("data.tokenizer=nowhere", "data.tokenizer is 'nowhere', and there is no such folder"),
+        ("data.sequence_length=4096", "A sequence of 4096 tokens is longer than the model's 256 positions."),
+        ("plan=ulysses=3", "2 key/value heads cannot be split over ulysses=3 (divisors: 1, 2)."),
+        ("plan=data=4", "A batch of 2 sequences cannot be split over data=4 (divisors: 1, 2)."),
+    ],
+)
+def test_train_refuses(cli: Cli, config: Path, override: str, says: str) -> None:
+    """Catches bad input that is found late, ignored, or told as a traceback; and files written before it was found."""
+    before = contents(config.parent)
+    assert says in refused(cli("train", str(config), override))
+    assert contents(config.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: [1, 2", "config.yaml is not readable as YAML: "),
+        ("just words", "config.yaml holds a string; a configuration has sections: plan, model, data, train, run."),
+        ("", "config.yaml holds nothing; "),
+        ("train: {steps: 1}\nplan: ring=2\n", "model is missing; it has no default. Also: data is missing"),
+    ],
+)
+def test_train_refuses_file(cli: Cli, tmp_path: Path, text: str, says: str) -> None:
+    """Catches a file that is no configuration and ends in an error of the YAML reader."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert says in refused(cli("train", str(path)))
+
+
+def test_train_without_its_file(cli: Cli, tmp_path: Path) -> None:
+    """Catches a bare FileNotFoundError."""
+    path = tmp_path / "nothing.yaml"
+    assert refused(cli("train", str(path))) == f"There is no file {path}; give the path of a YAML configuration."
+
+
+def test_train_in_a_folder_that_holds_a_run(cli: Cli, config: Path) -> None:
+    """Catches a second run over the first, and a broken checkpoint that is overwritten instead of told."""
+    checkpoint = config.parent / "run" / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    before = contents(config.parent)
+    assert "holds a run already (checkpoints); go on with it by --resume" in refused(cli("train", str(config)))
+    said = refused(cli("train", str(config), "--resume"))
+    assert said.startswith(f"{checkpoint} is not a whole checkpoint: progress.json is missing or broken; ")
+    assert contents(config.parent) == before
+
+
+def test_train_on_empty_text(cli: Cli, config: Path) -> None:
+    """Catches an error of the workers that is shown once a rank, with its traceback, or leaves a folder behind."""
+    (config.parent / "text.txt").write_text("\n")
+    assert "There is no text to train on" in refused(cli("train", str(config)))
+    assert not (config.parent / "run").exists()
+
+
+def test_debug(cli: Cli, config: Path) -> None:
+    """Catches --debug that shows nothing more, is known in one place of the command line only, or is always on."""
+    for arguments in (("--debug", "train", str(config), "x=1"), ("train", str(config), "x=1", "--debug")):
+        code, out, err = cli(*arguments)
+        assert (code, out) == (2, "")
+        assert "Traceback" in err and "in load_config" in err
+        assert err.splitlines()[-1].startswith("Error: ")
+
+
+VERIFY = ("verify", "--model", "llama")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--plan", "ring=2", "--documents", "60,x"), "--documents '60,x' is not a list of lengths; write them as"),
+        (("--plan", "ring=2", "--documents", ""), "--documents '' is not a list of lengths"),
+        (("--plan", "ring=2", "--documents", "60,0,4"), "--documents '60,0,4' is not a list of lengths"),
+        (
+            ("--plan", "ring=2", "--documents", "60,8", "--seq-len", "64"),
+            "(60, 8) sum to 68; they must be positive and sum to the 64 tokens",
+        ),
+        (("--plan", "ring=2", "--documents", "60,3"), "63 tokens cannot be split over ring=2"),
+        (("--plan", "ring=0"), "ring=0 is not a whole number from 1"),
+        (("--plan", "ulysses=4", "--heads", "6", "--kv-heads", "2"), "6 query heads cannot be split over ulysses=4"),
+        (("--plan", "ring=2", "--dtype", "float8"), "dtype 'float8' is unknown; it is one of float64, float32, bf16."),
+        (("--plan", "ring=2", "--steps", "0"), "steps is 0; it must be at least 1."),
+        (("--plan", "ring=2", "--batch", "0"), "batch is 0; it must be at least 1."),
+        (("--plan", "ring=2", "--accumulate", "-1"), "accumulate is -1; it must be at least 1."),
+        (("--plan", "ring=2", "--layers", "0"), "num_hidden_layers is 0, not a whole number above 0."),
+    ],
+)
+def test_verify_refuses(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
+    """Catches a case that starts processes and fails there, or is bent into another one without a word."""
+    assert says in refused(cli(*VERIFY, *arguments))
+
+
+def test_unknown_model(cli: Cli) -> None:
+    """Catches a bare error where a name is misspelt, or options ignored for a model that has its own shape."""
+    for command in (("verify", "--plan", "ring=2"), ("plan", "--check", "ring=2", "--seq-len", "64")):
+        assert refused(cli(*command, "--model", "lama")).startswith("There is no model 'lama': give one of ")
+
+
+def test_options_of_built_in_models(cli: Cli, tmp_path: Path) -> None:
+    """Catches --heads accepted and ignored beside a configuration that has its own."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama"}))
+    said = refused(cli("plan", "--check", "ring=2", "--seq-len", "64", "--model", str(path), "--heads", "8"))
+    assert said.startswith("--heads, --kv-heads and --layers shape the built-in models (") and str(path) in said
+
+
+KEYS = {
+    "plan",
+    "world_size",
+    "dtype",
+    "loss_error",
+    "gradient_norm_error",
+    "worst_gradient_error",
+    "worst_parameter",
+    "equal",
+}
+
+
+def test_verify_json() -> None:
+    """Catches a word on stdout that is not JSON, a key that scripts rely on, and a status that is not the verdict."""
+    arguments = ("--plan", "ring=2", "--seq-len", "32", "--documents", "20,12", "--json")
+    with started("seqloom.cli.main", *VERIFY, *arguments) as process:
+        out, err = process.communicate(timeout=120)
+    verdict = json.loads(out)
+    assert (process.returncode, err) == (0, "")
+    assert verdict.keys() >= KEYS
+    assert (verdict["plan"], verdict["world_size"], verdict["dtype"], verdict["equal"]) == (
+        "ring=2",
+        2,
+        "float64",
+        True,
+    )
+    assert 0 <= verdict["worst_gradient_error"] <= 1e-9 and verdict["worst_parameter"]
+
+
+PLAN = ("plan", "--model", "llama", "--seq-len")
+
+
+def test_plan_that_is_legal(cli: Cli) -> None:
+    """Catches a plan called legal with the numbers of another, or bytes of axes that are not split."""
+    code, out, err = cli(*PLAN, "4096", "--check", "ring=2 ulysses=2", "--world", "4")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == (
+        "Legal: 'ring=2 ulysses=2' on 4 processes; each holds 1,024 of 4,096 tokens, and 2 of 4 query heads and "
+        "1 of 2 key/value heads in attention."
+    )
+    assert lines[1] == "Causal attention work, most over mean: 1.000."
+    assert [line.split(" along ")[1].split(",")[0] for line in lines[2:]] == ["ring", "ulysses"]
+    _, out, _ = cli(*PLAN, "4096", "--check", "ring=4 layout=contiguous")
+    assert "most over mean: 1.75" in out, "4 equal parts of a triangle: 7/16 over 4/16"
+    assert "ulysses" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("62", "--check", "ring=4"), "62 tokens cannot be split over ring=4 ulysses=1 layout=zigzag, which needs a "),
+        (("64", "--check", "ring=2", "--world", "4"), "The plan 'ring=2' takes 2 processes, but there are 4. Try "),
+        (("64", "--check", "ulysses=8", "--heads", "12"), "12 query heads cannot be split over ulysses=8 (divisors: "),
+        (("64", "--check", "tensor=2"), "tensor=2 is not supported yet; the only degree is 1."),
+        (("0", "--check", "ring=2"), "A sequence of 0 tokens is empty; the shortest has 1."),
+    ],
+)
+def test_plan_that_is_not_legal(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
+    """Catches a reason that is not told, or is told without the way out."""
+    said = refused(cli(*PLAN, *arguments))
+    assert said.startswith(says)
+    assert " Try " in said or "such as" in said or "shortest" in said
+
+
+def test_plan_tells_all_at_once(cli: Cli) -> None:
+    """Catches reasons that come one by one."""
+    said = refused(cli(*PLAN, "62", "--check", "ring=4 ulysses=3", "--heads", "8", "--kv-heads", "4", "--world", "5"))
+    for reason in ("takes 12 processes", "4 key/value heads", "8 query heads", "62 tokens"):
+        assert reason in said
+    assert said.count(" Also: ") == 3
+
+
+def test_plan_leaves_torch_unloaded() -> None:
+    """Catches an import on the way to `plan` that costs seconds before the first word."""
+    program = (
+        "import sys; from seqloom.cli.main import main; sys.argv[1:] = sys.argv[1:]\n"
+        "try: main()\nfinally: print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    for check, code in (("ring=2 ulysses=2", 0), ("ring=3 ulysses=5", 2)):
+        command = [sys.executable, "-c", program, *PLAN, "64", "--check", check]
+        ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+        assert ended.returncode == code, ended.stderr
+        assert ended.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("train",), ("verify",), ("fly",), ("plan", "--check", "ring=2"), (*VERIFY, "--plan", "ring=2", "--lr")],
+)
+def test_wrong_usage(cli: Cli, arguments: tuple[str, ...]) -> None:
+    """Catches a missing or unknown argument that is passed over."""
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "") and "Error: " in err and "Traceback" not in err
+
+
+def test_report_of_nothing(cli: Cli, tmp_path: Path) -> None:
+    """Catches a page about no run."""
+    assert str(tmp_path) in refused(cli("report", str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []

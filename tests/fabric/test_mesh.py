@@ -1,0 +1,120 @@
+"""The mesh: who sits where, with whom."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pool import Pool
+from seqloom.errors import PlanError
+from seqloom.fabric import AXES, Axis, Fabric, all_reduce_
+from seqloom.plan import Plan
+
+TEXTS = [
+    "data=3",
+    "ring=3",
+    "ulysses=3",
+    "ring=3 ulysses=2",
+    "ring=2 ulysses=3",
+    "data=3 tensor=2",
+    "pipeline=2 ring=3",
+    "pipeline=3 data=2",
+    "data=2 ring=2 ulysses=2",
+    "ring=2 ulysses=2 tensor=2",
+    "pipeline=2 data=2 tensor=2",
+    "pipeline=2 ulysses=4",
+    "data=4 ulysses=2",
+]
+
+
+def members(axis: Axis) -> list[int]:
+    """The global ranks of an axis, by its own group."""
+    return [dist.get_rank()] if axis.group is None else dist.get_process_group_ranks(axis.group)
+
+
+def place(text: str) -> dict[str, Any]:
+    fabric = Fabric.build(Plan.parse(text))
+    axes = {name: getattr(fabric, name) for name in (*AXES, "replicas", "world")}
+    heard = {}
+    for name, axis in axes.items():
+        # The ranks as seen by a collective, not by the book: each adds 2 ** its global rank.
+        mask = torch.tensor([1 << fabric.rank])
+        heard[name] = int(all_reduce_(mask, axis))
+    return {
+        "rank": (fabric.rank, dist.get_rank()),
+        "places": {name: (axis.name, axis.rank, axis.size) for name, axis in axes.items()},
+        "members": {name: members(axis) for name, axis in axes.items()},
+        "heard": heard,
+    }
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_rank_order(pool: Pool, text: str) -> None:
+    """Catches two axes that trade places: tensor is fastest, then ulysses, ring, data, and pipeline slowest."""
+    plan = Plan.parse(text)
+    shape = [getattr(plan, name) for name in ("pipeline", "data", "ring", "ulysses", "tensor")]
+    grid = torch.arange(plan.world_size).view(shape)
+    for rank, found in enumerate(pool.run(plan.world_size, place, text)):
+        at = torch.nonzero(grid == rank)[0].tolist()
+        assert found["rank"] == (rank, rank)
+        expected: dict[str, list[int]] = {}
+        for dim, name in enumerate(AXES):
+            line: list[Any] = list(at)
+            line[dim] = slice(None)
+            expected[name] = grid[tuple(line)].tolist()
+            assert found["places"][name] == (name, at[dim], shape[dim])
+        expected["replicas"] = grid[at[0], :, :, :, at[4]].flatten().tolist()
+        expected["world"] = list(range(plan.world_size))
+        assert found["members"] == expected
+        assert found["heard"] == {name: sum(1 << r for r in ranks) for name, ranks in expected.items()}
+        for name in ("replicas", "world"):
+            ranks = expected[name]
+            assert found["places"][name] == (name, ranks.index(rank), len(ranks))
+
+
+def build(text: str) -> None:
+    Fabric.build(Plan.parse(text))
+
+
+@pytest.mark.parametrize(("world", "text"), [(3, "ring=2"), (3, "ring=2 ulysses=2"), (1, "data=2"), (2, "data=1")])
+def test_world_must_fit(pool: Pool, world: int, text: str) -> None:
+    """Catches processes that are left over, or missing, without a word."""
+    plan = Plan.parse(text)
+    with pytest.raises(PlanError) as caught:
+        pool.run(world, build, text)
+    assert str(plan) in str(caught.value)
+    assert f"takes {plan.world_size} processes" in str(caught.value) and f"there are {world}" in str(caught.value)
+
+
+def test_one_process_needs_no_group() -> None:
+    """Catches a plan of one process that asks for torch.distributed."""
+    assert not dist.is_initialized()
+    fabric = Fabric.build(Plan())
+    assert fabric.world.size == 1 and fabric.rank == 0 and fabric.ring.group is None
+    with pytest.raises(PlanError, match="takes 2 processes, but there are 1"):
+        Fabric.build(Plan(ring=2))
+
+
+def two_plans() -> list[tuple[float, float, float, dict[str, int], dict[str, int]]]:
+    first, second = Fabric.build(Plan(ring=3, ulysses=2)), Fabric.build(Plan(data=2, ring=3))
+    rank = float(first.rank)
+    results = []
+    for _ in range(2):  # interleaved
+        along_ring, of_second, of_data = (torch.tensor([rank], dtype=torch.float64) for _ in range(3))
+        all_reduce_(along_ring, first.ring)
+        all_reduce_(of_second, second.ring)
+        all_reduce_(of_data, second.data)
+        results.append((float(along_ring), float(of_second), float(of_data), first.meter.sent, second.meter.sent))
+    return results
+
+
+def test_two_plans_in_one_process(pool: Pool) -> None:
+    """Catches groups or meters kept in a module: the second fabric would answer for the first."""
+    for rank, found in enumerate(pool.run(6, two_plans)):
+        mine = rank % 2
+        sums = (float(mine + 2 + mine + 4 + mine), 3.0 if rank < 3 else 12.0, float(2 * (rank % 3) + 3))
+        sent = 2 * 2 * 8 // 3
+        assert [x[:3] for x in found] == [sums, sums]
+        assert [x[3] for x in found] == [{"ring": sent}, {"ring": 2 * sent}]
+        assert [x[4] for x in found] == [{"ring": sent, "data": 8}, {"ring": 2 * sent, "data": 16}]

@@ -1,0 +1,215 @@
+"""What a split model does not do is refused by name, never ignored."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from model.dense import TOKENS, batch_of, build
+from pool import Pool
+from seqloom.errors import ModelError, PlanError, SeqloomError
+from seqloom.fabric import Fabric
+from seqloom.model import build_model, parallelize, sum_gradients, token_loss
+from seqloom.model.adapter import probe, refuse_unknown
+from seqloom.plan import Plan
+from seqloom.sequence import shard_batch
+
+
+@pytest.fixture(scope="module")
+def fabric() -> Fabric:
+    """One process."""
+    return Fabric.build(Plan())
+
+
+def tiny(family: str, **settings: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GPTJ = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+DEAF: dict[str, tuple[str, dict[str, Any]]] = {
+    "BloomForCausalLM": ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "FalconForCausalLM": ("falcon", SIZES),
+    "GPTJForCausalLM": ("gptj", {**GPTJ, "bos_token_id": 1, "eos_token_id": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DEAF)
+def test_probe_refuses_deaf_families(name: str) -> None:
+    """Catches a family that swallows the shard and attends to its own part only (BLOOM even turns bidirectional)."""
+    family, settings = DEAF[name]
+    with pytest.raises(ModelError, match=rf"{name} cannot be split: a sequence shard given to its forward"):
+        probe(tiny(family, **settings))
+
+
+@pytest.mark.parametrize("name", DEAF)
+def test_parallelize_refuses_deaf_families(fabric: Fabric, name: str) -> None:
+    """Catches the same on the way users take."""
+    family, settings = DEAF[name]
+    with pytest.raises(SeqloomError, match=f"Model family '{family}' is not supported yet"):
+        parallelize(tiny(family, **settings), fabric)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_probe_lets_families_pass_and_leaves_them_alone(family: str) -> None:
+    """Catches a probe that refuses everything, changes weights, the attention chosen, or the random state."""
+    model = build(family)
+    before = [p.clone() for p in model.parameters()]
+    chosen, state = model.config._attn_implementation, torch.get_rng_state()
+    probe(model)
+    assert model.config._attn_implementation == chosen and model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_probe_counts_layers() -> None:
+    """Catches a family where some layers only get the shard: half the layers must not pass for all."""
+    model = build("llama")
+    forward = type(model.model.layers[0]).forward
+
+    def forgetful(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.self_attn.layer_idx == 1:
+            kwargs.pop("sequence", None)
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.model.layers[0]), "forward", forgetful)
+        with pytest.raises(ModelError, match="reached attention in 1 of 2 layers"):
+            probe(model)
+    probe(model)
+
+
+def test_soft_caps_are_refused_by_name(fabric: Fabric) -> None:
+    """Catches Gemma 2's soft-capped scores computed without the cap."""
+    gemma = tiny("gemma2", **SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=48)
+    with pytest.raises(PlanError) as caught:
+        parallelize(gemma, fabric)
+    for said in ("gemma2", "attn_logit_softcapping=50.0", "final_logit_softcapping=30.0"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [{"attention_dropout": 0.1}])
+def test_dropout_of_attention_is_refused(fabric: Fabric, settings: dict[str, Any]) -> None:
+    """Catches dropout accepted and ignored, or drawn differently under every plan."""
+    with pytest.raises(PlanError, match=r"attention_dropout.*0\.1"):
+        parallelize(build("llama", **settings), fabric)
+
+
+def test_dropout_modules_are_refused(fabric: Fabric) -> None:
+    """Catches dropout that the configuration does not tell of; p=0 is none."""
+    model = build("llama")
+    model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.25))
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.act_fn\.1 drops out with p=0\.25"):
+        parallelize(model, fabric)
+    model.model.layers[1].mlp.act_fn[1].p = 0.0
+    parallelize(model, fabric)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("tensor=2", "tensor=2 is not supported"), ("ulysses=3", "key/value heads cannot be split")]
+)
+def test_plans_that_do_not_fit_the_model(pool: Pool, text: str, said: str) -> None:
+    """Catches a model left whole, or heads cut in pieces, under a plan that cannot hold for it."""
+    with pytest.raises(PlanError, match=said):
+        pool.run(Plan.parse(text).world_size, make, text)
+
+
+def make(text: str) -> None:
+    parallelize(build("llama"), Fabric.build(Plan.parse(text)))
+
+
+Call = Callable[[PreTrainedModel, dict[str, Any], Any], object]
+CALLS: dict[str, tuple[Call, str]] = {
+    "without a sequence": (lambda model, inputs, _: model(**inputs), "called without a sequence"),
+    "shorter": (
+        lambda model, inputs, shard: model(
+            input_ids=inputs["input_ids"][:, 1:], position_ids=inputs["position_ids"][:, 1:], sequence=shard
+        ),
+        "called with 2 rows of 47 tokens, but the sequence shard holds 2 rows of 48",
+    ),
+    "fewer rows": (
+        lambda model, inputs, shard: model(
+            input_ids=inputs["input_ids"][1:], position_ids=inputs["position_ids"][1:], sequence=shard
+        ),
+        "called with 1 rows of 48 tokens, but the sequence shard holds 2 rows of 48",
+    ),
+    "padding": (
+        lambda model, inputs, shard: model(
+            **inputs, attention_mask=(inputs["input_ids"] != inputs["input_ids"][0, 5]).long(), sequence=shard
+        ),
+        "attention_mask with padding",
+    ),
+    "dense mask": (
+        lambda model, inputs, shard: model(
+            **inputs, attention_mask=torch.zeros(2, 1, TOKENS, TOKENS, dtype=torch.float64), sequence=shard
+        ),
+        "mask",
+    ),
+    "unknown option": (lambda model, inputs, shard: model(**inputs, sequence=shard, softcap=30.0), "softcap=30.0"),
+    "sinks": (lambda model, inputs, shard: model(**inputs, sequence=shard, s_aux=torch.zeros(4)), "s_aux"),
+    "not causal": (lambda model, inputs, shard: model(**inputs, sequence=shard, is_causal=False), "not causal"),
+    "window": (lambda model, inputs, shard: model(**inputs, sequence=shard, sliding_window=16), "window of 16"),
+    "dropout": (lambda model, inputs, shard: model(**inputs, sequence=shard, dropout_p=0.1), "dropout_p=0.1"),
+    "weights of attention": (
+        lambda model, inputs, shard: model(**inputs, sequence=shard, output_attentions=True),
+        "output_attentions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_that_are_refused(fabric: Fabric, name: str) -> None:
+    """Catches an argument accepted and ignored, or a shard that belongs to another batch."""
+    model = parallelize(build("llama"), fabric)
+    local, shard = shard_batch(batch_of(2), fabric)
+    call, said = CALLS[name]
+    with pytest.raises(ModelError) as caught:
+        call(model, local.inputs, shard)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_calls_that_are_allowed(fabric: Fabric) -> None:
+    """Catches a refusal of what changes nothing: a mask without padding, hidden states asked for."""
+    model = parallelize(build("llama"), fabric)
+    local, shard = shard_batch(batch_of(2), fabric)
+    plain = model(**local.inputs, sequence=shard).logits
+    ones = torch.ones_like(local.input_ids)
+    for options in ({"attention_mask": ones}, {"output_hidden_states": True}, {"is_causal": True}, {"softcap": None}):
+        assert torch.equal(model(**local.inputs, sequence=shard, **options).logits, plain)
+
+
+@pytest.mark.parametrize("given", [1, 0.5, "x", True, [0]])
+def test_unknown_keywords(given: object) -> None:
+    """Catches a refusal that depends on the type of the argument."""
+    with pytest.raises(ModelError, match="Layer asks attention for novelty="):
+        refuse_unknown("Layer", {"novelty": given})
+    refuse_unknown("Layer", {"novelty": None, "use_cache": True, "dropout": 0.0, "is_causal": True})
+
+
+def test_a_parameter_without_gradient(fabric: Fabric) -> None:
+    """Catches ranks that wait for a gradient which others do not have; a frozen parameter needs none."""
+    model = parallelize(build("llama"), fabric)
+    model.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    token_loss(model, *shard_batch(batch_of(1), fabric)).backward()
+    with pytest.raises(ModelError, match="unused has no gradient"):
+        sum_gradients(model, fabric)
+    model.unused.requires_grad_(False)
+    sum_gradients(model, fabric)
+
+
+def test_weights_that_do_not_fit(tmp_path: Any) -> None:
+    """Catches a layer left at random because the folder's weights are another model's."""
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    settings = model.config.to_dict()
+    again = build_model(settings, weights=tmp_path, dtype=torch.float64, seed=5)
+    assert all(
+        torch.allclose(a, b, rtol=1e-6) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )  # saved in float64, read through float32
+    with pytest.raises(ModelError, match="do not fit the configuration"):
+        build_model({**settings, "num_hidden_layers": 3}, weights=tmp_path)
+    with pytest.raises(ModelError):
+        build_model({**settings, "intermediate_size": 64}, weights=tmp_path)

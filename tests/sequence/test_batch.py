@@ -1,0 +1,89 @@
+"""Batches: labels, positions and documents."""
+
+import pytest
+import torch
+
+from seqloom.errors import DataError
+from seqloom.sequence import NO_LABEL, Batch
+
+X = NO_LABEL
+
+
+def tokens(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+def test_labels_are_the_next_tokens() -> None:
+    """Catches a second shift, the token itself as its label, or a row's first token as the label of the row before."""
+    batch = Batch.from_tokens(tokens([5, 6, 7, 8], [1, 2, 3, 4]))
+    assert batch.labels.tolist() == [[6, 7, 8, X], [2, 3, 4, X]]
+    assert (batch.label_count, batch.num_tokens, batch.documents) == (6, 4, None)
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+
+
+def test_no_label_crosses_a_document() -> None:
+    """Catches a document that is asked to predict the next one's first token, in one row but not the other."""
+    batch = Batch.from_tokens(tokens([5, 6, 7, 8, 9, 10], [1, 2, 3, 4, 5, 6]), [[1, 2, 3], [4, 2]])
+    assert batch.labels.tolist() == [[X, 7, X, 9, 10, X], [2, 3, 4, X, 6, X]]
+    assert batch.label_count == 7
+    assert batch.documents == ((1, 2, 3), (4, 2))
+
+
+@pytest.mark.parametrize("lengths", [[1] * 4, [3, 1], [1, 3], [4]])
+def test_every_document_loses_one_label(lengths: list[int]) -> None:
+    """Catches an off-by-one at single tokens and at the ends of the row: tokens less documents are labels."""
+    batch = Batch.from_tokens(tokens([5, 6, 7, 8]), [lengths])
+    assert batch.label_count == 4 - len(lengths)
+
+
+def test_positions_restart() -> None:
+    """Catches positions that run on through documents, or restart one too late."""
+    batch = Batch.from_tokens(tokens([0] * 6, [0] * 6), [[1, 2, 3], [6]])
+    assert batch.positions().tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
+    assert Batch.from_tokens(tokens([0] * 3, [0] * 3)).positions().tolist() == [[0, 1, 2]] * 2
+
+
+def test_masks_are_of_the_row() -> None:
+    """Catches one row's mask used for all."""
+    batch = Batch.from_tokens(tokens([0] * 3, [0] * 3), [[1, 2], [2, 1]])
+    assert [batch.mask(row).visible(1, 0) for row in (0, 1)] == [False, True]
+    assert [batch.mask(row).visible(2, 1) for row in (0, 1)] == [True, False]
+    assert Batch.from_tokens(tokens([0] * 3)).mask(0).visible(2, 0)
+
+
+def test_labels_may_be_given() -> None:
+    """Catches labels that are remade: a prompt without labels keeps none."""
+    given = tokens([X, X, 8, X])
+    batch = Batch(tokens([5, 6, 7, 8]), given, ((4,),))
+    assert batch.label_count == 1 and batch.labels is given
+
+
+def test_from_tokens_leaves_the_tokens_alone() -> None:
+    """Catches labels written into the tokens' memory."""
+    given = tokens([5, 6, 7, 8])
+    batch = Batch.from_tokens(given, [[2, 2]])
+    assert given.tolist() == [[5, 6, 7, 8]] == batch.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        ([[2, 1], [4]], r"row 0 \(2, 1\) sum to 3"),
+        ([[4], [2, 3]], r"row 1 \(2, 3\) sum to 5"),
+        ([[4], [5, -1]], r"row 1 \(5, -1\).*must be positive"),
+        ([[4], [4, 0]], r"row 1 \(4, 0\).*must be positive"),
+        ([[4], []], r"row 1 \(\) sum to 0"),
+        ([[4]], "for 1 rows, but the batch has 2"),
+        ([[4], [4], [4]], "for 3 rows, but the batch has 2"),
+    ],
+)
+def test_malformed_documents(documents: list[list[int]], said: str) -> None:
+    """Catches bounds that quietly cut elsewhere, and messages that do not name the row."""
+    with pytest.raises(DataError, match=said):
+        Batch.from_tokens(tokens([5, 6, 7, 8], [1, 2, 3, 4]), documents)
+
+
+def test_labels_of_another_shape() -> None:
+    """Catches labels that broadcast."""
+    with pytest.raises(DataError, match=r"Labels of shape \(1, 3\) do not fit tokens \(1, 4\)"):
+        Batch(tokens([5, 6, 7, 8]), tokens([6, 7, 8]))

@@ -1,0 +1,166 @@
+"""One optimizer step: the same loss, gradients and norm under every plan, and what clipping does to them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from pool import Pool
+from seqloom.fabric import Fabric
+from seqloom.model import build_model, parallelize
+from seqloom.plan import Plan, read_config
+from seqloom.sequence import NO_LABEL, Batch
+from seqloom.train import apply_gradients, compute_gradients
+from seqloom.verify.lift import Float64Islands
+
+ROWS, TOKENS = 12, 24
+LABELS = [1, 2, 3, 5, 8, 23, 0, 0, 4, 0, 0, 0]
+"""Labels of each row, from its start: few at first, then many, and none at all for the last ranks of data."""
+
+Result = tuple[float, float, int, dict[str, Tensor]]
+
+
+def whole_batch() -> Batch:
+    """Rows with few labels or none; two documents in the long one."""
+    torch.manual_seed(5)
+    tokens = torch.randint(0, 64, (ROWS, TOKENS))
+    documents = [[TOKENS]] * 5 + [[10, 14]] + [[TOKENS]] * 6
+    batch = Batch.from_tokens(tokens, documents)
+    beyond = torch.arange(TOKENS) >= torch.tensor(LABELS)[:, None]
+    return replace(batch, labels=batch.labels.masked_fill(beyond, NO_LABEL))
+
+
+def cut(batch: Batch, parts: int) -> list[Batch]:
+    """Micro-batches of equally many rows."""
+    rows = len(batch.tokens) // parts
+    pieces = [slice(first, first + rows) for first in range(0, len(batch.tokens), rows)]
+    assert batch.documents is not None
+    return [Batch(batch.tokens[piece], batch.labels[piece], batch.documents[piece]) for piece in pieces]
+
+
+def model_of(dtype: torch.dtype) -> PreTrainedModel:
+    return build_model(read_config("llama"), dtype=dtype, seed=3)
+
+
+def one_device() -> Result:
+    """transformers alone, document by document with its own causal attention: no seqloom attention, shard or loss."""
+    batch, losses = whole_batch(), []
+    with Float64Islands():
+        model = model_of(torch.float64)
+        model.set_attn_implementation("eager")
+        for row, lengths in enumerate(batch.documents or ()):
+            for tokens, labels in zip(batch.tokens[row].split(lengths), batch.labels[row].split(lengths), strict=True):
+                logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+                losses.append(cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="sum"))
+        count = sum(LABELS) - 1  # the end of the first document in the long row predicts nothing
+        loss = torch.stack(losses).sum() / count
+        loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    return loss.item(), norm.item(), count, gradients
+
+
+def step_under(plan: Plan, accumulate: int, chunk: int) -> Result:
+    """The same through seqloom, on one rank of many."""
+    with Float64Islands():
+        fabric = Fabric.build(plan)
+        model = parallelize(model_of(torch.float64), fabric)
+        for _ in range(2):  # gradients of the first call must not stay in those of the second
+            report = compute_gradients(
+                model, cut(whole_batch(), accumulate), fabric, precision="float32", chunk_tokens=chunk
+            )
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return report.loss, report.gradient_norm, report.label_count, gradients
+
+
+@pytest.fixture(scope="module")
+def expected() -> Result:
+    return one_device()
+
+
+@pytest.mark.parametrize(
+    ("text", "accumulate", "chunk"),
+    [
+        ("data=1", 1, 1024),
+        ("data=1", 4, 5),
+        ("data=2", 1, 7),
+        ("data=2", 3, 1024),
+        ("ring=2", 2, 3),
+        ("data=3", 2, 1024),
+        ("ring=3", 3, 1024),
+        ("data=4", 1, 1024),
+        ("data=4", 3, 2),
+        ("data=2 ring=2", 2, 1024),
+        ("ring=2 ulysses=2", 4, 1024),
+        ("data=2 ulysses=2", 1, 9),
+    ],
+)
+def test_one_objective(pool: Pool, expected: Result, text: str, accumulate: int, chunk: int) -> None:
+    """Catches means of means: a gradient that weighs ranks or micro-batches alike whatever labels they have, one
+    divided by the ranks, NaN from a rank without labels, and gradients left over from the step before."""
+    plan = Plan.parse(text)
+    loss, norm, count, gradients = expected
+    assert count == 45 and norm > 1e-2
+    for found in pool.run(plan.world_size, step_under, plan, accumulate, chunk):
+        assert found[2] == count
+        assert found[:2] == pytest.approx((loss, norm), rel=1e-10)
+        assert found[3].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            difference = (found[3][name] - gradient).norm() / gradient.norm()
+            assert difference < 1e-9, name
+
+
+def test_ranks_without_labels_are_there() -> None:
+    """Catches a change of the cases above after which every rank has labels again."""
+    counts = [int((piece.labels != NO_LABEL).sum()) for piece in cut(whole_batch(), 4)]
+    assert counts == [6, 35, 4, 0]
+    halves = [int((whole_batch().labels[:, part] != NO_LABEL).sum()) for part in (slice(0, 12), slice(12, 24))]
+    assert halves == [34, 11]
+
+
+def clipped_step(plan: Plan, share: float | None) -> tuple[float, float, float]:
+    """How far a step of rate 1 moves the weights, its direction against the gradient, and the gradient's norm."""
+    fabric = Fabric.build(plan)
+    model = parallelize(model_of(torch.float64), fabric)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    report = compute_gradients(model, [whole_batch()], fabric, precision="float32", chunk_tokens=64)
+    gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
+    clip = None if share is None else share * report.gradient_norm
+    apply_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), report, clip=clip)
+    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    aligned = torch.dot(moved, gradient) / moved.norm() / gradient.norm()
+    assert report.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-6)
+    return moved.norm().item(), aligned.item(), report.gradient_norm
+
+
+@pytest.mark.parametrize(("share", "moves"), [(None, 1.0), (0.25, 0.25), (4.0, 1.0)])
+def test_clip(pool: Pool, share: float | None, moves: float) -> None:
+    """Catches a clip to the norm of one rank, one that scales small gradients up, and one that turns them."""
+    for text in ("data=1", "data=3"):
+        plan = Plan.parse(text)
+        for moved, aligned, norm in pool.run(plan.world_size, clipped_step, plan, share):
+            assert moved == pytest.approx(moves * norm, rel=1e-4)
+            assert aligned == pytest.approx(1.0, abs=1e-12)
+
+
+def precise_step(plan: Plan, precision: str) -> tuple[float, Tensor, set[torch.dtype]]:
+    fabric = Fabric.build(plan)
+    model = parallelize(model_of(torch.float32), fabric)
+    report = compute_gradients(model, cut(whole_batch(), 2), fabric, precision=precision, chunk_tokens=16)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return report.loss, gradient, {x.dtype for p in model.parameters() for x in (p, p.grad) if x is not None}
+
+
+def test_bf16(pool: Pool) -> None:
+    """Catches bf16 that is accepted and ignored, that turns the weights themselves to bf16, or that loses the sum
+    over ranks: a split run must lie as near the float32 one as one device does."""
+    [(exact, gradient, _)] = pool.run(1, precise_step, Plan(), "float32")
+    for plan in (Plan(), Plan(data=2), Plan(ring=2, ulysses=2)):
+        for loss, found, dtypes in pool.run(plan.world_size, precise_step, plan, "bf16"):
+            assert dtypes == {torch.float32}
+            assert loss != exact and loss == pytest.approx(exact, rel=5e-3)
+            # bf16 keeps 8 bits: each product is off by up to 2^-9, and layers add up.
+            assert 1e-4 < (found - gradient).norm() / gradient.norm() < 5e-2

@@ -1,0 +1,166 @@
+"""`seqloom verify` as a user types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqloom.cli import main as cli
+from seqloom.verify import Case, Verdict
+
+KEYS = {
+    "plan",
+    "world_size",
+    "dtype",
+    "loss_error",
+    "gradient_norm_error",
+    "worst_gradient_error",
+    "worst_parameter",
+    "equal",
+}
+EXTRAS = {"steps", "tolerance", "parameter_error", "num_tokens"}
+
+
+def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A real process, as from a shell."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "seqloom.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+        check=False,
+    )
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The same inside this process; the exit status."""
+    monkeypatch.setattr(sys, "argv", ["seqloom", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return int(caught.value.code or 0)
+
+
+def test_json_of_a_real_run() -> None:
+    """Catches keys that scripts read and do not find, text beside the JSON, and a nonzero status of an equal run."""
+    done = typed("verify", "--model", "llama", "--plan", "ring=2 layout=striped", "--documents", "6,1,9", "--json")
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert set(verdict) == KEYS | EXTRAS
+    assert verdict["plan"] == "ring=2 layout=striped" and verdict["world_size"] == 2 and verdict["dtype"] == "float64"
+    assert verdict["equal"] is True and verdict["num_tokens"] == 16
+    assert 0 <= max(verdict["loss_error"], verdict["gradient_norm_error"], verdict["worst_gradient_error"]) <= 1e-9
+    assert verdict["worst_parameter"].startswith(("model.", "lm_head."))
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, error: float) -> list[Case]:
+    """Answer every case with a verdict of this error; the cases asked for are noted."""
+    asked: list[Case] = []
+
+    def answer(case: Case) -> Verdict:
+        asked.append(case)
+        return Verdict(
+            plan=str(case.plan),
+            world_size=case.plan.world_size,
+            dtype=case.dtype,
+            steps=case.steps,
+            tolerance=1e-9,
+            loss_error=0.0,
+            gradient_norm_error=0.0,
+            worst_gradient_error=error,
+            worst_parameter="lm_head.weight",
+            parameter_error=0.0,
+        )
+
+    monkeypatch.setattr("seqloom.verify.verify", answer)
+    return asked
+
+
+@pytest.mark.parametrize("form", [["--json"], []])
+@pytest.mark.parametrize(("error", "status"), [(0.0, 0), (1e-3, 1), (float("nan"), 1)])
+def test_status_of_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: float, status: int, form: list[str]
+) -> None:
+    """Catches a script that goes on after a run that was not equal."""
+    fake(monkeypatch, error)
+    assert call(monkeypatch, "verify", "--model", "llama", "--plan", "ring=2", *form) == status
+    said = capsys.readouterr().out
+    if form:
+        assert json.loads(said)["equal"] is (status == 0)
+    else:
+        assert ("equals one device" in said, "DIFFERS FROM one device" in said) == (status == 0, status == 1)
+        assert said.count("OVER") == status
+
+
+def test_options_reach_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an option accepted and ignored, and a built-in shape that does not grow to fit the plan."""
+    asked = fake(monkeypatch, 0.0)
+    options = "--seq-len 96 --heads 6 --kv-heads 3 --layers 3 --batch 2 --documents 60,7,29 --steps 4 --accumulate 5"
+    arguments = ["verify", "--model", "qwen3", "--plan", "ring=2 ulysses=3", *options.split(), "--dtype", "bf16"]
+    assert call(monkeypatch, *arguments) == 0
+    case = asked[0]
+    assert (case.num_tokens, case.batch, case.steps, case.accumulate, case.dtype) == (96, 2, 4, 5, "bf16")
+    assert case.documents == (60, 7, 29) and str(case.plan) == "ring=2 ulysses=3" and case.weights is None
+    config = case.config
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["num_hidden_layers"]) == (6, 3, 3)
+    assert config["hidden_size"] == 6 * config["head_dim"] and config["max_position_embeddings"] >= 96
+    assert call(monkeypatch, "verify", "--model", "llama", "--plan", "ulysses=8 data=2", "--batch", "3") == 0
+    assert asked[1].config["num_key_value_heads"] % 8 == 0 and len(asked[1].batches()[0][0].tokens) == 6
+    assert call(monkeypatch, "verify", "--model", "llama", "--plan", "ring=5", "--documents", "3, 7,10") == 0
+    assert asked[2].num_tokens == 20
+
+
+REFUSED = {
+    "--model llama --plan ring=2 --seq-len 63": ["63 tokens", "ring=2", "60 or 64"],
+    "--model llama --plan ring=x": ["ring=x is not a whole number"],
+    "--model llama --plan rnig=2": ["'rnig'", "did you mean 'ring'"],
+    "--model lama --plan ring=2": ["no model 'lama'", "llama, mistral, qwen2, qwen3"],
+    "--model llama --plan ulysses=8 --heads 12": ["12", "ulysses=8", "Try"],
+    "--model llama --plan tensor=2": ["tensor=2 is not supported yet"],
+    "--model llama --plan ring=2 --documents 3,x": ["3,x", "60,7,61"],
+    "--model llama --plan ring=2 --documents 3,4 --seq-len 8": ["(3, 4) sum to 7", "8 tokens"],
+    "--model llama --plan ring=2 --dtype float16": ["float16", "float64, float32, bf16"],
+    "--model llama --plan ring=2 --steps 0": ["steps is 0"],
+    "--model {folder} --plan ring=2": ["no model"],
+    "--model {folder}/broken.json --plan ring=2": ["broken.json", "JSON"],
+    "--model {folder}/bloom.json --plan ring=2": ["bloom"],
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_refusals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, line: str
+) -> None:
+    """Catches a traceback, two lines where one does, status 1 (which says that a check ran), or a process started."""
+    monkeypatch.setattr("seqloom.fabric.launch.run_local", None)
+    monkeypatch.setattr(sys.modules["seqloom.verify.verify"], "run_local", None)
+    (tmp_path / "broken.json").write_text("{")
+    settings = {"model_type": "bloom", "vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    (tmp_path / "bloom.json").write_text(json.dumps(settings))
+    arguments = [part.replace("{folder}", str(tmp_path)) for part in line.split()]
+    assert call(monkeypatch, "verify", *arguments, "--json") == 2
+    out, said = capsys.readouterr()
+    assert out == "" and said.startswith("Error: ") and said.count("\n") == 1
+    assert said.rstrip().endswith((".", ".)"))
+    for part in REFUSED[line]:
+        assert part in said, said
+
+
+def test_a_traceback_only_when_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches --debug that shows nothing more, and a traceback without it."""
+    arguments = ["verify", "--model", "llama", "--plan", "ring=2", "--seq-len", "63"]
+    assert call(monkeypatch, *arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert call(monkeypatch, "--debug", *arguments) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.rstrip().splitlines()[-1].startswith("Error: ")
+
+
+def test_a_missing_option_is_status_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches usage errors that look like a verdict."""
+    assert call(monkeypatch, "verify", "--model", "llama") == 2
+    assert "--plan" in capsys.readouterr().err
