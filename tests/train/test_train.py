@@ -76,6 +76,7 @@ def trained(folder: Path) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_model_loads(finished: Finished) -> None:
     """Catches a model folder with the first weights, or with those of an earlier step."""
     weights = trained(finished.folder)
