@@ -12,12 +12,10 @@ _HOMES = {
     "Layout": "geometry",
     "Mask": "geometry",
     "Plan": "plan",
-    "attention": "attention",
     "parallelize": "model",
     "shard_batch": "sequence",
     "sum_gradients": "model",
     "token_loss": "model",
-    "verify": "verify",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -6,6 +6,7 @@
     ├── ModelError         a model cannot be run exactly under any plan yet
     ├── PlanError          a plan cannot be honoured; carries every reason and the nearest legal plan
     ├── CheckpointError    a checkpoint is incomplete, or is not this model's
+    ├── NumericsError      a loss or a gradient is not finite
     ├── CommunicationError a collective failed: a peer died or stalled
     └── WorkerError        a worker process of a local run failed; names its rank
 
@@ -47,6 +48,10 @@ class PlanError(SeqloomError):
 
 class CheckpointError(SeqloomError):
     """A checkpoint is incomplete, or does not belong to this model and plan."""
+
+
+class NumericsError(SeqloomError):
+    """A loss or a gradient is not finite."""
 
 
 class CommunicationError(SeqloomError):

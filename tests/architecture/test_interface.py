@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from types import ModuleType
 
 import pytest
 
@@ -111,3 +112,11 @@ def test_every_function_is_annotated() -> None:
 def test_the_annotation_check_has_teeth(text: str) -> None:
     """Catches a check that overlooks a kind of argument or the result."""
     assert len(list(missing_annotations(example("seqloom.model.x", text)))) == 1
+
+
+def test_lazy_names_are_no_modules() -> None:
+    """Catches a name of the package that its own submodule overwrites: `seqloom.attention` was a module after all."""
+    import seqloom
+
+    for name in seqloom.__all__:
+        assert not isinstance(getattr(seqloom, name), ModuleType), name

@@ -1,6 +1,7 @@
 """Calls that follow each other in one process: other shapes, documents and plans; and ranks that see nothing."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from attention.oracle import dense_attention
 from close import assert_close
 from pool import Pool
 from seqloom.attention import attention, specification
+from seqloom.errors import DataError
 from seqloom.fabric import Fabric
 from seqloom.plan import Plan
 from seqloom.sequence import Batch, shard_batch
@@ -145,3 +147,23 @@ def test_scale_and_expanded_gradients(pool: Pool, text: str) -> None:
 def test_no_dropout() -> None:
     """Catches an option taken and ignored: dropout would need random numbers that do not depend on the plan."""
     assert list(inspect.signature(attention).parameters) == ["q", "k", "v", "sequence", "scale"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda q, k, v: (q, k[:, :, :-1], v), "k is "),
+        (lambda q, k, v: (q[:1], k, v), "q is "),
+        (lambda q, k, v: (q, k, v.float()), "v is "),
+        (lambda q, k, v: (q, k, v[..., :4]), "v is "),
+        (lambda q, k, v: (q[:, :6], k, v), "heads do not fit"),
+        (lambda q, k, v: (q, k, v[:, :2]), "heads do not fit"),
+    ],
+)
+def test_tensors_that_the_shard_does_not_hold(change: Callable[..., tuple[Tensor, ...]], said: str) -> None:
+    """Catches slices that clip: keys left out, or rows of zeros, where other tensors than the shard's come in."""
+    _, shard = shard_batch(Batch.from_tokens(torch.zeros(2, 8, dtype=torch.int64)), Fabric.build(Plan()))
+    q, k, v, _ = inputs(2, 8)
+    assert attention(q, k, v, shard).shape == q.shape
+    with pytest.raises(DataError, match=said):
+        attention(*change(q, k, v), shard)

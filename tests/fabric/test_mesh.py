@@ -101,11 +101,13 @@ def two_plans() -> list[tuple[float, float, float, dict[str, int], dict[str, int
     rank = float(first.rank)
     results = []
     for _ in range(2):  # interleaved
-        along_ring, of_second, of_data = (torch.tensor([rank], dtype=torch.float64) for _ in range(3))
+        along_ring, of_second, of_data = (torch.full((3,), rank, dtype=torch.float64) for _ in range(3))
         all_reduce_(along_ring, first.ring)
         all_reduce_(of_second, second.ring)
         all_reduce_(of_data, second.data)
-        results.append((float(along_ring), float(of_second), float(of_data), first.meter.sent, second.meter.sent))
+        results.append(
+            (float(along_ring[0]), float(of_second[0]), float(of_data[0]), first.meter.sent, second.meter.sent)
+        )
     return results
 
 
@@ -114,7 +116,22 @@ def test_two_plans_in_one_process(pool: Pool) -> None:
     for rank, found in enumerate(pool.run(6, two_plans)):
         mine = rank % 2
         sums = (float(mine + 2 + mine + 4 + mine), 3.0 if rank < 3 else 12.0, float(2 * (rank % 3) + 3))
-        sent = 2 * 2 * 8 // 3
+        sent = 2 * 2 * 24 // 3
         assert [x[:3] for x in found] == [sums, sums]
         assert [x[3] for x in found] == [{"ring": sent}, {"ring": 2 * sent}]
-        assert [x[4] for x in found] == [{"ring": sent, "data": 8}, {"ring": 2 * sent, "data": 16}]
+        assert [x[4] for x in found] == [{"ring": sent, "data": 24}, {"ring": 2 * sent, "data": 48}]
+
+
+def closed() -> list[float]:
+    first = Fabric.build(Plan(ring=3, ulysses=2))
+    first.close()
+    second = Fabric.build(Plan(data=2, ring=3))
+    ones = torch.ones(1)
+    all_reduce_(ones, second.ring)
+    second.close()
+    return ones.tolist()
+
+
+def test_a_closed_fabric_leaves_the_rest_alone(pool: Pool) -> None:
+    """Catches a close that ends the default group, or groups whose threads stay when their fabric is gone."""
+    assert pool.run(6, closed) == [[3.0]] * 6

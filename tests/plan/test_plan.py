@@ -19,7 +19,7 @@ NAMES = [field.name for field in fields(Plan)]
 def values(name: str) -> st.SearchStrategy[Any]:
     """Every value a field takes."""
     choices = get_args(TYPES[name])
-    return st.sampled_from(choices) if choices else st.integers(1, 5000)
+    return st.sampled_from(choices) if choices else st.integers(1, 9)
 
 
 plans = st.builds(Plan, **{name: values(name) for name in NAMES})
@@ -121,3 +121,9 @@ def test_the_constructor_names_every_wrong_field() -> None:
     with pytest.raises(PlanError) as caught:
         Plan(data=0, tensor=-1)
     assert len(caught.value.reasons) == 2
+
+
+def test_a_plan_of_impossible_size_is_refused_at_once() -> None:
+    """Catches degrees whose product no search for a nearest plan would ever end on."""
+    with pytest.raises(PlanError, match="the most is 65,536"):
+        Plan(ring=65_536, ulysses=4_096)

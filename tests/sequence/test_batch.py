@@ -87,3 +87,17 @@ def test_labels_of_another_shape() -> None:
     """Catches labels that broadcast."""
     with pytest.raises(DataError, match=r"Labels of shape \(1, 3\) do not fit tokens \(1, 4\)"):
         Batch(tokens([5, 6, 7, 8]), tokens([6, 7, 8]))
+
+
+def test_a_stray_negative_label_is_refused() -> None:
+    """Catches a label that the divisor counts and the loss skips: the loss came out too small."""
+    tokens = torch.arange(8)[None]
+    with pytest.raises(DataError, match="negative but not -100"):
+        Batch(tokens, torch.full_like(tokens, -1))
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.int32)])
+def test_tokens_are_rows_of_int64(tokens: torch.Tensor) -> None:
+    """Catches one sequence without its row, or ids of another type, that fail far from here."""
+    with pytest.raises(DataError, match=r"give \[rows, num_tokens\] in torch.int64"):
+        Batch(tokens, tokens)

@@ -126,7 +126,7 @@ WRONG_VALUES = [
     ("run.timeout_seconds=0", "run.timeout_seconds is 0; it must be above 0."),
     ("run.folder=3", "run.folder is 3; it must be the path of a folder."),
     ("plan=4", "plan is 4; it must be a string such as 'ring=2 ulysses=2'."),
-    ("plan=ring=0", "ring=0 is not a whole number of at least 1."),
+    ("plan=ring=0", "ring=0 is not a whole number from 1 to 65,536."),
     ("model.path=7", "model.path is 7; it must be a string."),
     ("model.config=[1]", "model.config is [1] (a list); it must be a section."),
     ("train.stepz=3", "train.stepz is not a setting (did you mean 'train.steps'?)."),
@@ -283,3 +283,9 @@ def test_every_setting_is_described() -> None:
         if isinstance(section, type) and hasattr(section, "model_fields"):
             for key in section.model_fields:
                 assert f"\n    {key}: " in (section.__doc__ or ""), f"{name}.{key}"
+
+
+def test_an_inline_dtype_is_refused(write: Any) -> None:
+    """Catches a wish for bf16 weights that float32 weights answer in silence."""
+    said = complaint(write(MINIMAL), "model.config.dtype=bfloat16")
+    assert "model.config.dtype has no effect" in said and "train.precision" in said

@@ -9,11 +9,12 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from pool import Pool
+from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric
 from seqloom.model import build_model, parallelize
 from seqloom.plan import Plan, read_config
 from seqloom.sequence import NO_LABEL, Batch
-from seqloom.train import apply_gradients, compute_gradients
+from seqloom.train import StepReport, apply_gradients, compute_gradients, computing
 from seqloom.verify.lift import Float64Islands
 
 ROWS, TOKENS = 12, 24
@@ -164,3 +165,22 @@ def test_bf16(pool: Pool) -> None:
             assert loss != exact and loss == pytest.approx(exact, rel=5e-3)
             # bf16 keeps 8 bits: each product is off by up to 2^-9, and layers add up.
             assert 1e-4 < (found - gradient).norm() / gradient.norm() < 5e-2
+
+
+@pytest.mark.parametrize("loss, norm", [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_nothing_moves_where_numbers_are_not_finite(loss: float, norm: float) -> None:
+    """Catches a step on NaN, after which every weight and, soon, every kept checkpoint is NaN."""
+    model = model_of(torch.float32)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(NumericsError, match="no step was taken"):
+        apply_gradients(model, optimizer, StepReport(loss, norm, 1), clip=1.0)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    """Catches 'bfloat16' read as float32 in silence."""
+    with pytest.raises(ConfigError, match="float32, float64, bf16"):
+        computing("bfloat16", torch.device("cpu"))

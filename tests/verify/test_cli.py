@@ -21,7 +21,7 @@ KEYS = {
     "worst_parameter",
     "equal",
 }
-EXTRAS = {"steps", "tolerance", "parameter_error", "num_tokens"}
+EXTRAS = {"steps", "tolerance", "parameter_error", "parameters", "num_tokens"}
 
 
 def typed(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,8 @@ each block follows it, P-1 hops in the accumulation type, started by the block's
 by its owner. The next block is in flight while the present one is computed with (double buffer).
 
 Bytes sent per rank: `seqloom.planner.attention_bytes`. FLOPs: this rank's tiles, even under `zigzag`.
-Memory: three blocks of k and v. Limits: the same number of tokens on every ring rank.
+Memory: three blocks of k and v, and in backward up to four of their gradients. Limits: the same
+number of tokens on every ring rank.
 
 | tensor  | shape                 |
 |---------|-----------------------|

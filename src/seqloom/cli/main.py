@@ -9,16 +9,13 @@ import typer
 from seqloom import __version__
 from seqloom.cli.plan import plan
 from seqloom.cli.report import report
-from seqloom.cli.train import train
+from seqloom.cli.train import REFUSED, train
 from seqloom.cli.verify import verify
 from seqloom.errors import SeqloomError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (train, verify, plan, report):
     app.command()(command)
-
-REFUSED = 2
-"""Exit status of anything refused with a reason; 1 means that a check ran and failed."""
 
 
 def _version(asked: bool) -> None:

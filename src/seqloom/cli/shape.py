@@ -13,7 +13,7 @@ def model_settings(
     config = read_config(source)
     if source in TINY_SHAPES:
         return fit(config, plan, num_tokens, heads=heads, kv_heads=kv_heads, layers=layers)
-    if heads or kv_heads or layers:
+    if (heads, kv_heads, layers) != (None, None, None):
         raise ModelError(
             f"--heads, --kv-heads and --layers shape the built-in models ({', '.join(TINY_SHAPES)}); "
             f"'{source}' has its own: edit its config.json."

@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+from seqloom.errors import SeqloomError
+
+REFUSED = 2
+"""Exit status of anything refused with a reason; 1 means that a check ran and failed."""
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="A YAML file; see docs/training.md.")],
@@ -20,27 +25,34 @@ def train(
     from seqloom.train import train as run
 
     settings = load_config(config, overrides or [])
-    notes = prepare(settings, resume=resume)
 
-    # torch loads only now, so that a mistake in the settings is told at once.
-    from seqloom.fabric.launch import distributed, run_local, under_torchrun
+    # What starts processes loads after the settings are read, so that a mistake in them is told at once.
+    from seqloom.fabric.launch import distributed, run_local, speaks, under_torchrun
 
-    speaks = os.environ.get("RANK", "0") == "0"
-    for note in notes if speaks else ():
+    world = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
+    try:
+        notes = prepare(settings, resume=resume, world=world)
+    except SeqloomError:
+        if speaks():
+            raise
+        raise typer.Exit(REFUSED) from None  # all ranks are refused alike, and one of them says why
+    for note in notes if speaks() else ():
         typer.echo(note)
     if under_torchrun():
         with distributed(settings.run.timeout_seconds):
             summary = run(settings, resume)
     else:
-        world, timeout = settings.plan.world_size, settings.run.timeout_seconds
-        summary = run_local(world, run, settings, resume, timeout_seconds=timeout)[0]
-    if not speaks:
+        timeout = settings.run.timeout_seconds
+        summary = run_local(settings.plan.world_size, run, settings, resume, timeout_seconds=timeout)[0]
+    if not speaks():
         return
-    if summary.stopped:
+    if summary.stopped and summary.step == 0:
+        typer.echo("Stopped before the first step; there is nothing to save.")
+    elif summary.stopped:
         typer.echo(
             f"Stopped and saved at step {summary.step} of {summary.steps}; the same command with --resume goes on."
         )
-    elif summary.loss == summary.loss:  # not NaN: at least one step was taken
+    elif summary.loss is not None:
         against = "below" if summary.loss < summary.unigram_entropy else "above"
         typer.echo(
             f"Trained {summary.step} steps. Loss of the last steps {summary.loss:.3f} nats, {against} the text's "

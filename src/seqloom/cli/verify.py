@@ -1,7 +1,6 @@
 """seqloom verify"""
 
 import json
-import os
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -40,7 +39,7 @@ def verify(  # noqa: PLR0913, PLR0917
     check(wanted, ModelShape.from_config(settings), seq_len)
 
     # torch loads only now, so that a plan that cannot run is told at once.
-    from seqloom.fabric.launch import distributed, under_torchrun
+    from seqloom.fabric.launch import distributed, speaks, under_torchrun
     from seqloom.model import weights_folder
     from seqloom.verify import Case, verify_here
     from seqloom.verify import verify as run
@@ -57,12 +56,11 @@ def verify(  # noqa: PLR0913, PLR0917
         dtype=dtype,
     )
     if under_torchrun():
-        case.check()
         with distributed():
             verdict = verify_here(case)
     else:
         verdict = run(case)
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         values = {**asdict(verdict), "equal": verdict.equal, "num_tokens": seq_len}
         typer.echo(json.dumps(values, indent=1) if as_json else _table(values))
     if not verdict.equal:

@@ -7,6 +7,7 @@ autograd. The second half are differentiable; each says what it does forward and
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -89,8 +90,9 @@ def start_all_gather(block: Tensor, axis: Axis) -> Pending:
         return Pending("all-gather", axis, [], gathered)
     axis.meter.add(axis.name, (axis.size - 1) * _bytes(block))
     with _naming("all-gather", axis):
-        work = _all_gather_single(gathered.flatten(0, 1), block.contiguous(), group=axis.group, async_op=True)
-    return Pending("all-gather", axis, [work], gathered, block)
+        leaving = block.contiguous()
+        work = _all_gather_single(gathered.flatten(0, 1), leaving, group=axis.group, async_op=True)
+    return Pending("all-gather", axis, [work], gathered, leaving)
 
 
 def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
@@ -101,8 +103,9 @@ def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
         return Pending("reduce-scatter", axis, [], mine)
     axis.meter.add(axis.name, (axis.size - 1) * _bytes(mine))
     with _naming("reduce-scatter", axis):
-        work = _reduce_scatter_single(mine, parts.contiguous().flatten(0, 1), group=axis.group, async_op=True)
-    return Pending("reduce-scatter", axis, [work], mine, parts)
+        leaving = parts.contiguous().flatten(0, 1)
+        work = _reduce_scatter_single(mine, leaving, group=axis.group, async_op=True)
+    return Pending("reduce-scatter", axis, [work], mine, leaving)
 
 
 def trade(parts: Tensor, axis: Axis) -> Tensor:
@@ -123,7 +126,7 @@ def start_all_reduce_(tensor: Tensor, axis: Axis, op: Literal["sum", "max", "min
     """Begin combining `tensor` over the axis, in place, the same result on every rank."""
     if axis.size == 1:
         return Pending("all-reduce", axis, [], tensor)
-    axis.meter.add(axis.name, 2 * (axis.size - 1) * _bytes(tensor) // axis.size)
+    axis.meter.add(axis.name, Fraction(2 * (axis.size - 1) * _bytes(tensor), axis.size))
     with _naming("all-reduce", axis):
         work = distributed.all_reduce(tensor, _REDUCTIONS[op], group=axis.group, async_op=True)
     return Pending("all-reduce", axis, [work], tensor)

@@ -25,6 +25,11 @@ def under_torchrun() -> bool:
     return all(name in os.environ for name in _VARIABLES)
 
 
+def speaks() -> bool:
+    """Whether this process is the one that talks to the user: the only one, or rank 0."""
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
 @contextmanager
 def distributed(timeout_seconds: float = 600) -> Iterator[None]:
     """Initialise torch.distributed as the environment says, and destroy it at the end.
@@ -51,6 +56,8 @@ def distributed(timeout_seconds: float = 600) -> Iterator[None]:
             "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_seconds), **meeting
         )
     except (dist.DistError, RuntimeError) as error:
+        if alone:
+            raise CommunicationError(f"This process could not start torch.distributed for itself ({error}).") from error
         where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
         raise CommunicationError(
             f"Rank {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} ranks at {where} "

@@ -52,6 +52,12 @@ class Fabric:
         """This process among all of the run."""
         return self.world.rank
 
+    def close(self) -> None:
+        """End the groups of this fabric, all but the one torch.distributed itself was given."""
+        for axis in (self.pipeline, self.data, self.ring, self.ulysses, self.tensor, self.replicas):
+            if axis.group is not None and axis.group != distributed.group.WORLD:
+                distributed.destroy_process_group(axis.group)
+
     @classmethod
     def build(cls, plan: Plan, device: torch.device | str | None = None) -> "Fabric":
         """Make the groups of `plan`; every process of the run calls it together.

@@ -1,6 +1,7 @@
 """Counts the bytes this rank hands to the network, by mesh axis."""
 
-from collections import Counter
+from collections import defaultdict
+from fractions import Fraction
 
 
 class Meter:
@@ -13,16 +14,16 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sent: Counter[str] = Counter()
+        self._sent: dict[str, Fraction] = defaultdict(Fraction)
 
-    def add(self, axis: str, num_bytes: int) -> None:
+    def add(self, axis: str, num_bytes: int | Fraction) -> None:
         """Record that this rank sent `num_bytes` along `axis`."""
         self._sent[axis] += num_bytes
 
     @property
     def sent(self) -> dict[str, int]:
-        """Bytes sent per axis name; an axis that sent nothing is absent."""
-        return dict(+self._sent)
+        """Bytes sent per axis name, rounded down once; an axis that sent nothing is absent."""
+        return {axis: int(num_bytes) for axis, num_bytes in self._sent.items() if num_bytes}
 
     def reset(self) -> None:
         """Start counting from zero."""

@@ -71,7 +71,7 @@ class Layout:
 
     def work(self, mask: Mask) -> tuple[int, ...]:
         """Visible (query, key) pairs that each ring rank computes; its Ulysses group shares them by heads."""
-        return tuple(sum(mask.area(queries, keys) for keys in self.ring_spans) for queries in self.ring_spans)
+        return tuple(mask.seen(queries, self.num_tokens) for queries in self.ring_spans)
 
     def imbalance(self, mask: Mask) -> float:
         """Most work of any ring rank over the mean: 1.0 is perfect balance.

@@ -55,6 +55,21 @@ class Mask:
         """The number of visible (query, key) pairs between two blocks."""
         return sum(tile.area for tile in self.tiles(q, k))
 
+    def seen(self, q: Sequence[Span], num_tokens: int) -> int:
+        """How many (query, key) pairs the queries see among all keys of a row, without cutting tiles.
+
+        >>> Mask().seen([Span(0, 4)], 8)    # 1 + 2 + 3 + 4
+        10
+        """
+        pairs = 0
+        for span in q:
+            for start, stop in self._documents_over(span, Span(0, num_tokens)):
+                first, last = span.indices_within(start, stop)
+                count, before = last - first, span.start + first * span.step - start
+                steps = span.step * count * (count - 1) // 2
+                pairs += count * (before + 1) + steps if self.causal else count * (min(stop, num_tokens) - start)
+        return pairs
+
     def _pair(self, q: Span, q_offset: int, k: Span, k_offset: int) -> Iterator[Tile]:
         if self.causal and k.start >= q.stop:
             return

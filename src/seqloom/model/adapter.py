@@ -14,7 +14,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from seqloom.attention import attention
 from seqloom.errors import ModelError
-from seqloom.geometry import total
 from seqloom.sequence import SequenceShard
 
 NAME = "seqloom"
@@ -63,12 +62,6 @@ def _attention(
         )
     if attention_mask is not None:
         raise ModelError(f"{layer} was given a dense attention_mask; the mask comes with the sequence shard instead.")
-    held = (len(sequence.masks), total(sequence.spans))
-    if query.shape[0::2][:2] != held:
-        raise ModelError(
-            f"{layer} was called with {query.shape[0]} rows of {query.shape[2]} tokens, but the sequence shard holds "
-            f"{held[0]} rows of {held[1]}; pass the input_ids that came with the shard."
-        )
     if sliding_window is not None and sliding_window < sequence.layout.num_tokens:
         raise ModelError(
             f"{layer} has a window of {sliding_window}, shorter than the sequence of {sequence.layout.num_tokens} "

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqloom.errors import ModelError
-from seqloom.fabric import Axis, Fabric, broadcast_, start_all_reduce_
+from seqloom.fabric import Axis, Fabric, Pending, broadcast_, start_all_reduce_
 from seqloom.memory import chunked_cross_entropy
 from seqloom.model.adapter import NAME, probe
 from seqloom.plan import ModelShape, check
@@ -29,6 +29,12 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise ModelError(f"{name} drops out with p={module.p}, which would depend on the plan; set it to 0.")
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ModelError(
+            f"The head of {type(model).__name__} is {type(head).__name__}, not a plain nn.Linear, so its loss cannot "
+            "be computed in chunks; merge adapters into it, and give a model with a language modelling head."
+        )
     probe(model)
     model.set_attn_implementation(NAME)
     model.to(fabric.device)
@@ -67,7 +73,7 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
     trainable parameter has no gradient: the ranks could not tell it from a missing message.
     """
     bucket: list[Tensor] = []
-    pending = []
+    pending: list[tuple[list[Tensor], Pending]] = []
     held = 0
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -79,16 +85,23 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
         if bucket and (held > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
             pending.append(_start(bucket, fabric.replicas))
             bucket, held = [], 0
+            if len(pending) > 1:  # two on their way; a third would only hold memory
+                _finish(*pending.pop(0))
         bucket.append(parameter.grad)
         held += parameter.grad.numel() * parameter.grad.element_size()
+    if fabric.replicas.size == 1:
+        return
     if bucket:
         pending.append(_start(bucket, fabric.replicas))
-    for gradients, work in pending:
-        flat = work.wait()
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+    for started in pending:
+        _finish(*started)
 
 
-def _start(gradients: list[Tensor], axis: Axis) -> tuple:
+def _start(gradients: list[Tensor], axis: Axis) -> tuple[list[Tensor], Pending]:
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     return gradients, start_all_reduce_(flat, axis)
+
+
+def _finish(gradients: list[Tensor], work: Pending) -> None:
+    for gradient, part in zip(gradients, work.wait().split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))

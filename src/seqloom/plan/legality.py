@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import lcm, log2
+from math import isqrt, lcm, log2
 
 from seqloom.errors import PlanError
-from seqloom.plan.plan import Plan
+from seqloom.plan.plan import MOST, Plan
 from seqloom.plan.shape import ModelShape
 
 
@@ -34,11 +34,10 @@ def reasons(
 ) -> list[str]:
     """Every reason why `plan` cannot run this model at this length; empty when it is legal."""
     found = list(model.unsupported)
+    if world is not None and not 1 <= world <= MOST:
+        return [*found, f"A world of {world} processes is not possible; it has 1 to {MOST:,}."]
     if world is not None and plan.world_size != world:
         found.append(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
-    for axis in ("pipeline", "tensor"):
-        if getattr(plan, axis) > 1:
-            found.append(f"{axis}={getattr(plan, axis)} is not supported yet; the only degree is 1.")
     for heads, kind in {model.kv_heads: "key/value", model.heads: "query"}.items():
         if heads % plan.ulysses:
             found.append(
@@ -53,6 +52,9 @@ def reasons(
 
 def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> Iterator[str]:
     """Why sequences of `num_tokens`, `batch` of them, as far as known, cannot be dealt to the plan's ranks."""
+    for axis in ("pipeline", "tensor"):
+        if getattr(plan, axis) > 1:
+            yield f"{axis}={getattr(plan, axis)} is not supported yet; the only degree is 1."
     parts = granularity(plan)
     if num_tokens is not None and num_tokens % parts:
         below, above = num_tokens // parts * parts, -(-num_tokens // parts) * parts
@@ -117,7 +119,7 @@ def nearest(
         apart = [abs(log2(getattr(other, axis) / getattr(plan, axis))) for axis in ("ring", "ulysses", "data")]
         return sum(apart), apart[-1]
 
-    if model.unsupported:
+    if model.unsupported or (world is not None and not 1 <= world <= MOST):
         return None
     for size in reversed(_divisors(world or plan.world_size)):
         for layout in dict.fromkeys([plan.layout, "contiguous"]):
@@ -128,7 +130,8 @@ def nearest(
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
 
 
 def _listed(numbers: list[int]) -> str:

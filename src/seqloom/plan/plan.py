@@ -10,7 +10,7 @@ Exchange = Literal["ring", "gather"]
 LayoutKind = Literal["zigzag", "contiguous", "striped"]
 
 MOST = 65_536
-"""The largest degree of an axis."""
+"""The largest degree of an axis, and the most processes of a plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         reasons = [reason for f in fields(self) if (reason := _wrong(f.name, getattr(self, f.name)))]
+        if not reasons and self.world_size > MOST:
+            reasons = [f"The plan takes {self.world_size:,} processes; the most is {MOST:,}."]
         if reasons:
             raise PlanError(reasons)
 

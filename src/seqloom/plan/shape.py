@@ -79,7 +79,9 @@ class ModelShape:
             if key in values and (type(values[key]) is not int or values[key] < 1):
                 raise ModelError(f"The model configuration's {key} is {values[key]!r}, not a whole number above 0.")
         heads = values["num_attention_heads"]
-        kv_heads = values.get("num_key_value_heads", heads)
+        # A null here means as many as query heads, to transformers too; only an absent key takes the default.
+        stated = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+        kv_heads = heads if stated else values.get("num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(
                 f"{heads} query heads cannot share {kv_heads} key/value heads evenly; use a divisor of {heads}."
@@ -102,8 +104,8 @@ _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_head
 _OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_sliding_window": False},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128, "use_sliding_window": False},
 }
 """What transformers takes where a configuration does not say, as far as a plan depends on it."""
 

@@ -28,9 +28,16 @@ class Batch:
     documents: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, ids in (("tokens", self.tokens), ("labels", self.labels)):
+            if ids.ndim != 2 or ids.dtype != torch.int64:
+                raise DataError(
+                    f"The {name} are {list(ids.shape)} in {ids.dtype}; give [rows, num_tokens] in torch.int64."
+                )
         rows, num_tokens = self.tokens.shape
         if self.labels.shape != self.tokens.shape:
             raise DataError(f"Labels of shape {tuple(self.labels.shape)} do not fit tokens {tuple(self.tokens.shape)}.")
+        if bool(((self.labels < 0) & (self.labels != NO_LABEL)).any()):
+            raise DataError(f"A label is negative but not {NO_LABEL}; mark positions without a label by {NO_LABEL}.")
         if self.documents is None:
             return
         if len(self.documents) != rows:

@@ -108,7 +108,7 @@ def _columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _same_everywhere(batch: Batch, fabric: Fabric) -> None:
     """Refuse ranks that come with different batches: attention would mix their sequences unnoticed."""
     content = crc32(batch.labels.cpu().numpy().tobytes(), crc32(batch.tokens.cpu().numpy().tobytes()))
-    content = crc32(repr(batch.documents).encode(), content)
+    content = crc32(repr((batch.documents, tuple(batch.tokens.shape))).encode(), content)
     extremes = torch.tensor([content, -content], device=fabric.device)
     high, low = all_reduce_(extremes, fabric.world, "max").tolist()
     if high != -low:

@@ -275,7 +275,9 @@ def _family_reasons(given: Mapping[str, Any], settings: Mapping[str, Any]) -> It
     # head_dim is read by every family here, declared or not; the rope keys are the older spelling of rope_parameters.
     known = {*family().to_dict(), *family.attribute_map, "head_dim", "rope_theta", "rope_scaling"}
     for key in given:
-        if key not in known:
+        if key in ("dtype", "torch_dtype"):
+            yield f"model.config.{key} has no effect, since weights are float32; set train.precision to bf16 instead."
+        elif key not in known:
             guess = _did_you_mean(key, known, "model.config.")
             yield f"model.config.{key} is not a setting of {family.model_type}{guess}."
     try:

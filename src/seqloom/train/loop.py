@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from seqloom import __version__
 from seqloom.errors import CheckpointError, ConfigError
-from seqloom.fabric import Fabric
+from seqloom.fabric import Fabric, all_reduce_
 from seqloom.model import build_model, parallelize, weights_folder
 from seqloom.plan import ModelShape, check
 from seqloom.sequence import Batch
@@ -31,15 +31,7 @@ from seqloom.train.tokenizer import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
 RECENT = 10  # steps the closing loss is averaged over: a step of few sequences says little alone
-FREE_TO_CHANGE = (
-    "steps",
-    "learning_rate",
-    "warmup_steps",
-    "final_learning_rate_share",
-    "weight_decay",
-    "betas",
-    "clip",
-)
+FREE_TO_CHANGE = ("steps", "learning_rate", "warmup_steps", "final_learning_rate_share", "clip")
 """Keys of `train` that may differ when a run is resumed; a note says so. All else must be as it was."""
 
 
@@ -47,25 +39,26 @@ FREE_TO_CHANGE = (
 class Summary:
     """How a run ended.
 
-    step: optimizer steps taken. loss: mean of the last `RECENT` steps, NaN where none was taken.
+    step: optimizer steps taken. loss: mean of the last `RECENT` steps, None where none was taken.
     stopped: the run was asked to stop before its last step.
     """
 
     step: int
     steps: int
-    loss: float
+    loss: float | None
     unigram_entropy: float
     stopped: bool
     folder: Path
 
 
-def prepare(config: Config, *, resume: bool) -> tuple[str, ...]:
+def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
     """Refuse what would fail later, before any process starts and before anything is written.
 
+    world: processes there are, where a launcher has started them already.
     Returns notes for the user. Raises ConfigError, PlanError, DataError, CheckpointError.
     """
     shape = ModelShape.from_config(config.model.settings())
-    check(config.plan, shape, config.data.sequence_length, batch=config.train.micro_batch)
+    check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
     find_files(config.data.files)
     folder = config.run.folder
     held = [name for name in (CHECKPOINTS, "metrics.jsonl") if (folder / name).exists()]
@@ -90,12 +83,9 @@ def train(config: Config, resume: bool) -> Summary:
     weights = weights_folder(config.model.path)
     model = parallelize(build_model(settings, weights=weights, seed=config.train.seed), fabric)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _recompute(model)
     optimizer = _optimizer(model, config.train)
-    path = newest(config.run.folder / CHECKPOINTS) if resume else None
-    done = 0
-    if path is not None:
-        done = _restore(path, text, model, optimizer, fabric)
+    done = _restore(config.run.folder, text, model, optimizer, fabric) if resume else 0
     return _Run(config, fabric, text, model, optimizer).go(done)
 
 
@@ -135,7 +125,7 @@ class _Run:
             disable_progress_bar()  # of transformers, which would draw one for a single file
             self.model.save_pretrained(folder / "model")
         recent = losses[-RECENT:]
-        loss = sum(recent) / len(recent) if recent else float("nan")
+        loss = sum(recent) / len(recent) if recent else None
         return Summary(step, train.steps, loss, self.text.unigram_entropy, stopped and step < train.steps, folder)
 
     def _due(self, step: int) -> bool:
@@ -221,6 +211,15 @@ class _Run:
         )
 
 
+def _recompute(model: PreTrainedModel) -> None:
+    """Keep each layer's input alone and compute the rest again in backward."""
+    kwargs = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
 def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
     """AdamW that decays matrices, and leaves norms and biases alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -232,16 +231,28 @@ def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def _restore(
-    path: Path, text: PackedText, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric
+    folder: Path, text: PackedText, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric
 ) -> int:
-    progress = read_progress(path)
+    """Load the newest checkpoint, if there is one; returns the steps taken so far."""
+    path = newest(folder / CHECKPOINTS)
+    progress = read_progress(path) if path is not None else None
+    step = progress.step if progress is not None else 0
+    extremes = torch.tensor([step, -step], device=fabric.device)
+    most, least = all_reduce_(extremes, fabric.world, "max").tolist()
+    if most != -least:
+        raise CheckpointError(
+            f"The ranks see checkpoints of step {-least} and of step {most}; {folder} must be one folder, "
+            "shared by all machines."
+        )
+    if path is None or progress is None:
+        return 0
     if progress.text != text.fingerprint:
         raise CheckpointError(
             f"{path} was trained on other text than data.files holds now; "
             "restore the files, or name another run.folder."
         )
     load(path, model, optimizer, fabric)
-    return progress.step
+    return step
 
 
 def _settings(config: Config) -> dict[str, Any]:

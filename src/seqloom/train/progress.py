@@ -38,7 +38,9 @@ class MetricsFile:
     def __init__(self, path: Path, steps_kept: int) -> None:
         """Open for appending after `steps_kept` steps; later lines, of steps to be taken again, are dropped."""
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines[:steps_kept]), encoding="utf-8")
+        kept = path.with_suffix(".kept")  # replaced whole, so that a kill in between loses no line
+        kept.write_text("".join(f"{line}\n" for line in lines[:steps_kept]), encoding="utf-8")
+        kept.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Metrics) -> None:

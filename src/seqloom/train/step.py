@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from math import isfinite
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
+from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.model import sum_gradients, token_loss
 from seqloom.sequence import Batch, shard_batch
-
-Precision = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class StepReport:
 
 def computing(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The context of forward passes: autocast to bfloat16 for "bf16", the parameters' own type otherwise."""
+    if precision not in ("float32", "float64", "bf16"):
+        raise ConfigError(f"precision '{precision}' is unknown; it is one of float32, float64, bf16.")
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -59,7 +60,15 @@ def compute_gradients(
 def apply_gradients(
     model: PreTrainedModel, optimizer: torch.optim.Optimizer, report: StepReport, *, clip: float | None
 ) -> None:
-    """Scale the gradients to a global norm of at most `clip` and take the optimizer's step."""
+    """Scale the gradients to a global norm of at most `clip` and take the optimizer's step.
+
+    Raises NumericsError, before anything is changed, where the loss or the norm is not finite.
+    """
+    if not (isfinite(report.loss) and isfinite(report.gradient_norm)):
+        raise NumericsError(
+            f"The loss is {report.loss} and the gradient norm {report.gradient_norm}, so no step was taken; "
+            "resume from the last checkpoint with a lower learning rate or in float32."
+        )
     if clip is not None:
         trained = [p for p in model.parameters() if p.grad is not None]
         norm = torch.tensor(report.gradient_norm, dtype=torch.float64, device=trained[0].device)

@@ -14,9 +14,9 @@ class Measure:
     """How errors are measured in one type.
 
     tolerance: the largest error that counts as equal. floor: a tensor smaller than this share of the
-    norm of all is measured against that share, since a gradient that is zero but for rounding (the
-    key bias of Qwen2) has no relative error worth the name. adam_epsilon: of the optimizer that
-    takes the steps; it keeps AdamW from blowing such rounding up to a full step.
+    norm of all is measured against that share, since a tensor that is zero but for rounding has no
+    relative error worth the name. adam_epsilon: of the optimizer that takes the steps; it keeps
+    AdamW, which divides each gradient by its own size, from blowing rounding up to a full step.
     """
 
     tolerance: float
@@ -31,7 +31,8 @@ MEASURES = {
     # 16 roundings of 2^-8. Zero gradients are noise of 1e-3 here, so the floors lie above it.
     "bf16": Measure(tolerance=2.0**-4, floor=1e-3, adam_epsilon=1e-2),
 }
-"""By type. Losing a shard, a document bound or a factor of two is an error of order 1 in all of them."""
+"""By type. Losing a shard, a label, a document bound or a factor of two is a gradient error of 0.1 to 1.
+Parameters move by about 1e-3 a step here, so that in bf16 their figure shows gross faults only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Verdict:
 
     loss_error, gradient_norm_error: relative, the worst over the steps. worst_gradient_error: over
     all parameters and ranks, |g - ref| / max(|ref|, 1e-6 |all g|), in norms, at the first step;
-    worst_parameter has it. parameter_error: likewise of the parameters after all steps.
+    worst_parameter has it. parameter_error: likewise of the parameters after all steps. parameters:
+    the five worst gradients, as {"name": ..., "gradient_error": ...}.
     """
 
     plan: str
@@ -53,6 +55,7 @@ class Verdict:
     worst_gradient_error: float
     worst_parameter: str
     parameter_error: float
+    parameters: tuple[dict[str, str | float], ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -82,6 +85,10 @@ def compare(run: Trajectory, reference: Trajectory, fabric: Fabric, dtype: str) 
         worst_gradient_error=gradient_errors[worst].item(),
         worst_parameter=names[worst],
         parameter_error=parameter_errors.max().item(),
+        parameters=tuple(
+            {"name": names[i], "gradient_error": gradient_errors[i].item()}
+            for i in gradient_errors.argsort(descending=True)[:5].tolist()
+        ),
     )
 
 

@@ -32,8 +32,10 @@ class Trajectory:
 
 def dense_mask(batch: Batch, row: int, dtype: torch.dtype) -> Tensor:
     """[1, 1, S, S]: 0 where a query (dim 2) may see a key (dim 3), the least number of the type elsewhere."""
-    mask, positions = batch.mask(row), range(batch.num_tokens)
-    visible = torch.tensor([[mask.visible(q, k) for k in positions] for q in positions])
+    lengths = batch.documents[row] if batch.documents else (batch.num_tokens,)
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    position = torch.arange(batch.num_tokens)
+    visible = (document[:, None] == document) & (position <= position[:, None])
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
 
 

@@ -88,10 +88,13 @@ def verify(case: Case) -> Verdict:
 
 def verify_here(case: Case) -> Verdict:
     """`verify` inside processes that are running already; every rank calls it and gets the verdict."""
+    case.check()
     fabric = Fabric.build(case.plan)
     with Float64Islands() if case.dtype == "float64" else nullcontext():
         reference = _reference(case, fabric)
-        return compare(_split(case, fabric), reference, fabric, case.dtype)
+        verdict = compare(_split(case, fabric), reference, fabric, case.dtype)
+    fabric.close()
+    return verdict
 
 
 def _optimizer(model: PreTrainedModel, dtype: str) -> torch.optim.Optimizer:
