@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from close import assert_close
-from seqloom.attention import attend, attend_backward, kernels, merge
+from seqloom.attention import attend, attend_backward, attention, kernels, merge
 from seqloom.attention.kernels import CPU_FUSED, PLAIN
 from seqloom.attention.local import Partial
+from seqloom.fabric import Fabric
 from seqloom.geometry import Mask, Span, Tile
-from seqloom.sequence import RowTiles
+from seqloom.plan import Plan
+from seqloom.sequence import Batch, RowTiles, shard_batch
 
 SCALE = 0.3
 
@@ -182,3 +184,27 @@ def test_a_query_that_meets_keys_late(first: int) -> None:
     scores = (q @ k.transpose(-1, -2) * SCALE).masked_fill(~visible, float("-inf"))
     assert_close(met.out, scores.softmax(-1) @ v, tolerance=1e-13)
     assert_close(met.lse, scores.logsumexp(-1), tolerance=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_tensors_laid_out_in_any_order(dtype: torch.dtype) -> None:
+    """Catches a last dim that is not laid out in memory, which the fused kernel would read as if it were."""
+    _, shard = shard_batch(Batch.from_tokens(torch.zeros(1, 16, dtype=torch.int64)), Fabric.build(Plan()))
+    torch.manual_seed(0)
+    plain = [torch.randn(1, 4, 16, 8, dtype=dtype).requires_grad_() for _ in range(3)]
+    turned = [x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in plain]
+    outs = [attention(*tensors, shard) for tensors in (plain, turned)]
+    for out in outs:
+        out.sum().backward()
+    assert torch.equal(*outs)
+    for one, other in zip(plain, turned, strict=True):
+        assert torch.equal(one.grad, other.grad) and one.grad.norm() > 0
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """Catches a gradient penalty that vanishes in silence: the backward passes have no backward of their own."""
+    _, shard = shard_batch(Batch.from_tokens(torch.zeros(1, 8, dtype=torch.int64)), Fabric.build(Plan()))
+    q, k, v = (torch.randn(1, 2, 8, 4).requires_grad_() for _ in range(3))
+    (grad,) = torch.autograd.grad(attention(q, k, v, shard).pow(2).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -102,9 +102,12 @@ def refused(said: tuple[int, str, str]) -> str:
         ("model.path=lama", "There is no model 'lama'"),
         ("data.files=[nowhere.txt]", "No file matches 'nowhere.txt' of data.files"),
         ("data.tokenizer=nowhere", "data.tokenizer is 'nowhere', and there is no such folder"),
-        ("data.sequence_length=4096", "A sequence of 4096 tokens is longer than the model's 256 positions."),
+        (
+            "data.sequence_length=4096",
+            "longer than the model's 256 positions; use at most so many",
+        ),
         ("plan=ulysses=3", "2 key/value heads cannot be split over ulysses=3 (divisors: 1, 2)."),
-        ("plan=data=4", "A batch of 2 sequences cannot be split over data=4 (divisors: 1, 2)."),
+        ("plan=data=4", "leaves 2 sequences for data=4, which must divide them"),
     ],
 )
 def test_train_refuses(cli: Cli, config: Path, override: str, says: str) -> None:
@@ -150,7 +153,9 @@ def test_train_in_a_folder_that_holds_a_run(cli: Cli, config: Path) -> None:
 def test_train_on_empty_text(cli: Cli, config: Path) -> None:
     """Catches an error of the workers that is shown once a rank, with its traceback, or leaves a folder behind."""
     (config.parent / "text.txt").write_text("\n")
-    assert "There is no text to train on" in refused(cli("train", str(config)))
+    code, out, err = cli("train", str(config))
+    assert (code, out.count("\n")) == (2, 1)  # the line that says what is going on
+    assert "There is no text to train on" in refused((code, "", err))
     assert not (config.parent / "run").exists()
 
 

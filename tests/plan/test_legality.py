@@ -53,7 +53,13 @@ def test_a_legal_plan_has_no_reasons() -> None:
             "10 tokens cannot be split over ring=4 ulysses=3 layout=striped, "
             "which needs a multiple of 12 (such as 12).",
         ),
-        (Plan(), 5000, {}, "A sequence of 5000 tokens is longer than the model's 4096 positions."),
+        (
+            Plan(),
+            5000,
+            {},
+            "A sequence of 5000 tokens is longer than the model's 4096 positions; "
+            "use at most so many, or a model that has more.",
+        ),
         (Plan(data=4), 64, {"batch": 6}, "A batch of 6 sequences cannot be split over data=4 (divisors: 1, 2, 3, 6)."),
     ],
 )

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
 from pool import Pool
-from seqloom.errors import CheckpointError, WorkerError
+from seqloom.errors import CheckpointError, ConfigError, WorkerError
 from seqloom.train import Config, Summary, load_config, prepare, train
 from seqloom.train.checkpoint import newest
+from seqloom.train.prepare import sole_writer
 from train.conftest import Finished
 from train.runs import contents, metrics, run, run_file
 
@@ -158,7 +159,7 @@ def test_damage_that_keeps_the_size(pool: Pool, finished: Finished, stopped: Pat
     file = stopped / "checkpoints" / "step-000008" / name
     file.write_bytes(bytes(file.stat().st_size))
     before = contents(stopped)
-    with pytest.raises(CheckpointError, match=f"step-000008 cannot be read .*; {ADVICE}$"):
+    with pytest.raises(CheckpointError, match=f"step-000008 is damaged: .*; {ADVICE}$"):
         run_file(pool, finished.config, f"run.folder={stopped}", resume=True)
     assert contents(stopped) == before
 
@@ -292,3 +293,22 @@ def test_killed_while_saving(pool: Pool, finished: Finished, tmp_path: Path) -> 
     assert run(pool, config, resume=True).step == 12
     assert metrics(tmp_path) == metrics(finished.folder)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000012"]
+
+
+def test_one_wrong_number_is_found(pool: Pool, finished: Finished, stopped: Path) -> None:
+    """Catches a checkpoint whose damage no reader stumbles over: the run went on from wrong weights."""
+    file = stopped / "checkpoints" / "step-000008" / "__0_0.distcp"
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises(CheckpointError, match=f"the contents of __0_0.distcp are not what was written; {ADVICE}$"):
+        run_file(pool, finished.config, f"run.folder={stopped}", resume=True)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Catches two runs in one folder that take turns in overwriting each other's metrics and checkpoints."""
+    first, second = sole_writer(tmp_path / "run"), sole_writer(tmp_path / "run")
+    with first, pytest.raises(ConfigError, match="Another run is writing"), second:
+        pass
+    with sole_writer(tmp_path / "run"):
+        pass

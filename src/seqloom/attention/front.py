@@ -25,10 +25,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, *, scale
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     device = q.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         # As torch does for its own attention; rotary angles leave q and k in float32 but v in the lower type.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check(q, k, v, sequence)
+    # Fused kernels read the last dim as if it were laid out in memory.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     with torch.autocast(device, enabled=False):
         q, k, v = to_heads(q, k, v, sequence.ulysses)
         out = EXCHANGES[sequence.exchange].apply(q, k, v, sequence, scale)

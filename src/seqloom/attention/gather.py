@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqloom.attention.local import Partial, accumulation_type, attend, attend_backward
 from seqloom.fabric import start_all_gather, start_reduce_scatter
@@ -31,6 +32,7 @@ class GatherAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """From dout like q; returns the gradients of q, k, v."""
         q, block, out, lse = ctx.saved_tensors

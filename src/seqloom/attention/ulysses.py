@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from seqloom.fabric import Axis, trade
 
@@ -50,6 +51,7 @@ class _ToHeads(torch.autograd.Function):
         return _to_heads(tensors, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_to_tokens(grads, ctx.axis)
 
@@ -61,6 +63,7 @@ class _ToTokens(torch.autograd.Function):
         return _to_tokens(tensors, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_to_heads(grads, ctx.axis)
 

@@ -38,6 +38,8 @@ def train(
         raise typer.Exit(REFUSED) from None  # all ranks are refused alike, and one of them says why
     for note in notes if speaks() else ():
         typer.echo(note)
+    if speaks():
+        typer.echo(f"Reading the text and starting '{settings.plan}' ...")
     if under_torchrun():
         with distributed(settings.run.timeout_seconds):
             summary = run(settings, resume)
@@ -55,9 +57,9 @@ def train(
     elif summary.loss is not None:
         against = "below" if summary.loss < summary.unigram_entropy else "above"
         typer.echo(
-            f"Trained {summary.step} steps. Loss of the last steps {summary.loss:.3f} nats, {against} the text's "
-            f"unigram entropy of {summary.unigram_entropy:.3f}. Metrics, checkpoints and the model are in "
-            f"{summary.folder}."
+            f"Trained {summary.step} steps. Mean loss of the last {summary.averaged}: {summary.loss:.3f} nats, "
+            f"{against} the text's unigram entropy of {summary.unigram_entropy:.3f}. "
+            f"Metrics, checkpoints and the model are in {summary.folder}."
         )
     else:
         typer.echo(f"All {summary.steps} steps were taken already; raise train.steps to train on.")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 
 from seqloom.errors import CommunicationError
 from seqloom.fabric.mesh import Axis
@@ -35,7 +36,7 @@ def _naming(what: str, axis: Axis) -> Iterator[None]:
         cause = str(error).strip().splitlines()[0]
         raise CommunicationError(
             f"{what} on axis {axis.name} failed at rank {axis.rank} of {axis.size}: a peer died or stalled; "
-            f"the first rank to fail holds the reason ({cause})."
+            f"if another rank reports an error of its own, that is the reason ({cause})."
         ) from error
 
 
@@ -161,6 +162,7 @@ class _Shift(torch.autograd.Function):
         return start_shift(x.contiguous(), axis, by=by).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return start_shift(grads[0].contiguous(), ctx.axis, by=-ctx.by).wait(), None, None
 
@@ -177,6 +179,7 @@ class _AllGather(torch.autograd.Function):
         return start_all_gather(x, axis).wait()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return start_reduce_scatter(grads[0], ctx.axis).wait(), None
 
@@ -193,6 +196,7 @@ class _AllToAll(torch.autograd.Function):
         return trade(parts.contiguous(), axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return trade(grads[0].contiguous(), ctx.axis), None
 

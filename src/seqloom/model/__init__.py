@@ -1,6 +1,6 @@
 """Hugging Face models under a plan."""
 
-from seqloom.model.build import build_model, weights_folder
+from seqloom.model.build import build_model, weights_folder, without_progress_bars
 from seqloom.model.parallelize import parallelize, sum_gradients, token_loss
 
-__all__ = ["build_model", "parallelize", "sum_gradients", "token_loss", "weights_folder"]
+__all__ = ["build_model", "parallelize", "sum_gradients", "token_loss", "weights_folder", "without_progress_bars"]

@@ -1,13 +1,27 @@
 """A transformers model from a configuration, with random weights or those of a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from seqloom.errors import ModelError
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing its bars: every process would draw one for a single file."""
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def weights_folder(source: str | None) -> Path | None:
@@ -31,9 +45,10 @@ def build_model(
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config).to(dtype).train()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            weights, config=config, local_files_only=True, output_loading_info=True
-        )
+        with without_progress_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                weights, config=config, local_files_only=True, output_loading_info=True
+            )
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(
             f"The weights in {weights} cannot be loaded ({' '.join(str(error).split())[:300]})."

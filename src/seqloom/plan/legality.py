@@ -26,6 +26,12 @@ def check(
     found = reasons(plan, model, num_tokens, world=world, batch=batch)
     if found:
         near = nearest(plan, model, num_tokens, world=world, batch=batch)
+        if (
+            near
+            and near.world_size < (world or plan.world_size)
+            and set(found) <= set(unsplittable(plan, num_tokens, batch))
+        ):
+            near = None  # the reasons name lengths that fit; fewer processes would be a poor way out
         raise PlanError(found, str(near) if near else None)
 
 
@@ -76,7 +82,10 @@ def _length_reasons(model: ModelShape, num_tokens: int) -> Iterator[str]:
         yield f"A sequence of {num_tokens} tokens is empty; the shortest has 1."
         return
     if num_tokens > model.max_positions:
-        yield f"A sequence of {num_tokens} tokens is longer than the model's {model.max_positions} positions."
+        yield (
+            f"A sequence of {num_tokens} tokens is longer than the model's {model.max_positions} positions; "
+            "use at most so many, or a model that has more."
+        )
     if model.window is not None and model.window < num_tokens:
         yield (
             f"The model's attention window of {model.window} is shorter than the {num_tokens} tokens of a sequence; "

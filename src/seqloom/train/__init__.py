@@ -1,7 +1,8 @@
 """Training: text, steps, checkpoints and the loop."""
 
 from seqloom.train.config import Config, load_config
-from seqloom.train.loop import Summary, prepare, train
+from seqloom.train.loop import Summary, train
+from seqloom.train.prepare import prepare
 from seqloom.train.step import StepReport, apply_gradients, compute_gradients, computing
 
 __all__ = [

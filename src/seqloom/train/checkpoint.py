@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def save(
     keep: int,
 ) -> Path:
     """Write the checkpoint of a step and drop all but the `keep` newest; every rank calls it together."""
-    target = folder / f"step-{progress.step:06d}"
+    target = folder / _name(progress.step)
     unfinished = target.with_suffix(".unfinished")
     if fabric.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -71,7 +72,7 @@ def save(
             f"{target} cannot be written ({_first_failure(error)}); make room there and resume from the one before."
         ) from error
     if fabric.rank == 0:
-        files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+        files = {path.name: [path.stat().st_size, _checksum(path)] for path in unfinished.iterdir()}
         written = json.dumps({"files": files, **asdict(progress)}, indent=1)
         (unfinished / _PROGRESS).write_text(written, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -82,25 +83,42 @@ def save(
     return target
 
 
-def read_progress(path: Path) -> Progress:
+def read_progress(path: Path, *, contents: bool = False) -> Progress:
     """Read where a checkpoint stands, having checked that all its files are there in full.
 
-    Raises CheckpointError for one that is incomplete.
+    contents: check each file's checksum too, which reads all of it. Raises CheckpointError for a
+    checkpoint that is incomplete or damaged.
     """
     try:
         written = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-        files = written.pop("files")
+        files = {str(name): (int(size), int(checksum)) for name, (size, checksum) in written.pop("files").items()}
         progress = Progress(**written)
+        if type(progress.step) is not int or path.name != _name(progress.step) or not isinstance(progress.config, dict):
+            raise ValueError(f"{_PROGRESS} does not describe {path.name}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a whole checkpoint: {_PROGRESS} is missing or broken; {_ADVICE}."
         ) from error
-    for name, size in files.items():
+    for name, (size, checksum) in files.items():
         file = path / name
         there = file.stat().st_size if file.is_file() else 0
         if there != size:
             raise CheckpointError(f"{path} is not a whole checkpoint: {name} has {there} bytes of {size}; {_ADVICE}.")
+        if contents and _checksum(file) != checksum:
+            raise CheckpointError(f"{path} is damaged: the contents of {name} are not what was written; {_ADVICE}.")
     return progress
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as stream:
+        while part := stream.read(2**24):
+            value = crc32(part, value)
+    return value
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> None:

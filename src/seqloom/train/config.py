@@ -30,6 +30,9 @@ def _read_plan(value: object) -> Plan:
 PlanText = Annotated[Plan, PlainValidator(_read_plan), PlainSerializer(str, return_type=str)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
@@ -88,7 +91,7 @@ class DataConfig(_Section):
     text_key: str = "text"
     tokenizer: str = "bytes"
     sequence_length: Count = 4096
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _tokenizer_exists(self) -> "DataConfig":
@@ -121,14 +124,14 @@ class TrainConfig(_Section):
     steps: Count
     batch: Count = 1
     accumulate: Count = 1
-    learning_rate: Amount = 3e-4
+    learning_rate: Rate = 3e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     final_learning_rate_share: Share = 0.1
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     clip: Amount | None = 1.0
     precision: Precision = "float32"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     loss_chunk: Count = 1024
     gradient_checkpointing: bool = False
 
@@ -167,7 +170,7 @@ class RunConfig(_Section):
     folder: Annotated[Path, Field(strict=False)] = Path("runs/train")
     save_every: Count | None = None
     keep: Count = 2
-    timeout_seconds: Amount = 300.0
+    timeout_seconds: Seconds = 300.0
 
 
 class Config(_Section):
@@ -214,6 +217,10 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
+# A date such as 2024-99-99 is a ValueError to PyYAML, and very deep nesting a RecursionError.
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+
+
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -223,7 +230,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         raise ConfigError(f"{path} cannot be read as text ({error}); give the path of a YAML configuration.") from error
     try:
         values = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         raise ConfigError(f"{path} is not readable as YAML: {_yaml_problem(error)}.") from error
     if not isinstance(values, dict):
         raise ConfigError(
@@ -232,7 +239,7 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     return values
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml_problem(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{error.problem or error.context} at line {mark.line + 1}, column {mark.column + 1}"
@@ -247,7 +254,7 @@ def _override(values: dict[Any, Any], override: str) -> str | None:
         return f"The override '{override}' is not of the form section.key=value."
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         return f"The value in the override '{override}' is not readable as YAML ({_yaml_problem(error)}); quote it."
     place = values
     for depth, key in enumerate(keys[:-1], start=1):

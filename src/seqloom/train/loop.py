@@ -6,72 +6,46 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 from seqloom import __version__
-from seqloom.errors import CheckpointError, ConfigError
+from seqloom.errors import CheckpointError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import build_model, parallelize, weights_folder
-from seqloom.plan import ModelShape, check
+from seqloom.model import build_model, parallelize, weights_folder, without_progress_bars
 from seqloom.sequence import Batch
 from seqloom.train.checkpoint import Progress, load, newest, read_progress, save
 from seqloom.train.config import Config, TrainConfig
-from seqloom.train.data import find_files, load_text
+from seqloom.train.data import load_text
 from seqloom.train.packing import PackedText, order
+from seqloom.train.prepare import CHECKPOINTS, run_settings, sole_writer
 from seqloom.train.progress import Display, Metrics, MetricsFile
 from seqloom.train.schedule import learning_rate
 from seqloom.train.step import apply_gradients, compute_gradients
 from seqloom.train.stop import StopRequest
-from seqloom.train.tokenizer import load_tokenizer
+from seqloom.train.tokenizer import Tokenizer, load_tokenizer
 
-CHECKPOINTS = "checkpoints"
 RECENT = 10  # steps the closing loss is averaged over: a step of few sequences says little alone
-FREE_TO_CHANGE = ("steps", "learning_rate", "warmup_steps", "final_learning_rate_share", "clip")
-"""Keys of `train` that may differ when a run is resumed; a note says so. All else must be as it was."""
 
 
 @dataclass(frozen=True)
 class Summary:
     """How a run ended.
 
-    step: optimizer steps taken. loss: mean of the last `RECENT` steps, None where none was taken.
+    step: optimizer steps taken. loss: mean of the last `averaged` steps, at most `RECENT`, None where
+    none was taken.
     stopped: the run was asked to stop before its last step.
     """
 
     step: int
     steps: int
     loss: float | None
+    averaged: int
     unigram_entropy: float
     stopped: bool
     folder: Path
-
-
-def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
-    """Refuse what would fail later, before any process starts and before anything is written.
-
-    world: processes there are, where a launcher has started them already.
-    Returns notes for the user. Raises ConfigError, PlanError, DataError, CheckpointError.
-    """
-    shape = ModelShape.from_config(config.model.settings())
-    check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
-    find_files(config.data.files)
-    folder = config.run.folder
-    held = [name for name in (CHECKPOINTS, "metrics.jsonl") if (folder / name).exists()]
-    if held and not resume:
-        raise ConfigError(
-            f"{folder} holds a run already ({held[0]}); go on with it by --resume, or name another run.folder."
-        )
-    path = newest(folder / CHECKPOINTS)
-    if not resume:
-        return ()
-    if path is None:
-        return (f"There is no checkpoint in {folder} yet, so training starts from the beginning.",)
-    return _compare_settings(path, read_progress(path), config)
 
 
 def train(config: Config, resume: bool) -> Summary:
@@ -86,7 +60,7 @@ def train(config: Config, resume: bool) -> Summary:
         _recompute(model)
     optimizer = _optimizer(model, config.train)
     done = _restore(config.run.folder, text, model, optimizer, fabric) if resume else 0
-    return _Run(config, fabric, text, model, optimizer).go(done)
+    return _Run(config, fabric, text, tokenizer, model, optimizer).go(done)
 
 
 @dataclass
@@ -96,6 +70,7 @@ class _Run:
     config: Config
     fabric: Fabric
     text: PackedText
+    tokenizer: Tokenizer
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
 
@@ -104,8 +79,9 @@ class _Run:
         train, folder, leader = self.config.train, self.config.run.folder, self.fabric.rank == 0
         losses, step = [], done
         with ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
+            stop = stack.enter_context(StopRequest(speaks=leader))
             if leader:
+                stack.enter_context(sole_writer(folder))
                 display = stack.enter_context(Display(train.steps, done))
                 self._introduce(folder, display)
                 metrics = MetricsFile(folder / "metrics.jsonl", done)
@@ -122,11 +98,14 @@ class _Run:
                 if stopped or step == train.steps or self._due(step):
                     self._save(step)
         if leader and step == train.steps:
-            disable_progress_bar()  # of transformers, which would draw one for a single file
-            self.model.save_pretrained(folder / "model")
+            with without_progress_bars():
+                self.model.save_pretrained(folder / "model")
+            self.tokenizer.save(folder / "model")
         recent = losses[-RECENT:]
         loss = sum(recent) / len(recent) if recent else None
-        return Summary(step, train.steps, loss, self.text.unigram_entropy, stopped and step < train.steps, folder)
+        return Summary(
+            step, train.steps, loss, len(recent), self.text.unigram_entropy, stopped and step < train.steps, folder
+        )
 
     def _due(self, step: int) -> bool:
         every = self.config.run.save_every
@@ -166,7 +145,7 @@ class _Run:
             sequences=step * self.config.train.batch,
             plan=str(self.config.plan),
             text=self.text.fingerprint,
-            config=_settings(self.config),
+            config=run_settings(self.config),
         )
         checkpoints = self.config.run.folder / CHECKPOINTS
         save(checkpoints, progress, self.model, self.optimizer, self.fabric, self.config.run.keep)
@@ -189,6 +168,7 @@ class _Run:
             "parameters": parameters,
             "unigram_entropy": text.unigram_entropy,
             "steps": config.train.steps,
+            "tokenizer": config.data.tokenizer,
             "data": {
                 "files": text.num_files,
                 "documents": text.num_documents,
@@ -253,34 +233,3 @@ def _restore(
         )
     load(path, model, optimizer, fabric)
     return step
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The configuration as plain values, the model's path replaced by what it says."""
-    return config.model_dump(mode="json") | {"model": config.model.settings()}
-
-
-def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[str, ...]:
-    """Notes about settings that changed harmlessly; CheckpointError for those that would change the run."""
-    before, now = (_flat(settings) for settings in (progress.config, json.loads(json.dumps(_settings(config)))))
-    changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
-    free = {f"train.{key}" for key in FREE_TO_CHANGE}
-    fixed = [key for key in changed if key not in free and not key.startswith("run.")]
-    if fixed:
-        said = ", ".join(f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in fixed)
-        raise CheckpointError(
-            f"{path} was written with other settings: {said}; resume with those it was written with, "
-            "or name another run.folder."
-        )
-    return tuple(
-        f"{key} was {was} when the checkpoint was written and is {value} now."
-        for key, (was, value) in changed.items()
-        if key in free
-    )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

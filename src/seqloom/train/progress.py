@@ -36,10 +36,10 @@ class MetricsFile:
     """metrics.jsonl of a run folder; a line is on disk when its step is over."""
 
     def __init__(self, path: Path, steps_kept: int) -> None:
-        """Open for appending after `steps_kept` steps; later lines, of steps to be taken again, are dropped."""
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        """Open for appending after `steps_kept` steps; lines of later steps, to be taken again, are dropped."""
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         kept = path.with_suffix(".kept")  # replaced whole, so that a kill in between loses no line
-        kept.write_text("".join(f"{line}\n" for line in lines[:steps_kept]), encoding="utf-8")
+        kept.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= steps_kept), encoding="utf-8")
         kept.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -51,6 +51,14 @@ class MetricsFile:
     def close(self) -> None:
         """No more lines."""
         self._file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step a line tells of; infinite for a line that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return float("inf")
 
 
 class Display:

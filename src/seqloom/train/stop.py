@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM end a run at the next step, on all ranks together."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -9,10 +10,14 @@ from seqloom.fabric import Fabric, all_reduce_
 
 
 class StopRequest:
-    """While entered, SIGTERM and SIGINT are noted instead of ending the process."""
+    """While entered, SIGTERM and SIGINT are noted instead of ending the process.
 
-    def __init__(self) -> None:
+    speaks: whether this rank tells the user that it has heard.
+    """
+
+    def __init__(self, *, speaks: bool) -> None:
         self.asked = False
+        self._speaks = speaks
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -25,6 +30,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
+        if self._speaks and not self.asked:
+            # Not print: a handler may interrupt one.
+            os.write(
+                1, b"\nStopping after this step, then saving; asked a second time, it ends at once without saving.\n"
+            )
         self.asked = True
 
     def agreed(self, fabric: Fabric) -> bool:

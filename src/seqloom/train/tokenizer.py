@@ -27,6 +27,10 @@ class Tokenizer(Protocol):
         """The ids of each text, as integers [its tokens], without start or end tokens."""
         ...
 
+    def save(self, folder: Path) -> None:
+        """Write its files beside a model's, where it has any."""
+        ...
+
 
 @dataclass(frozen=True)
 class ByteTokenizer:
@@ -42,6 +46,9 @@ class ByteTokenizer:
     def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """The bytes of each text, [its bytes]."""
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def save(self, folder: Path) -> None:
+        """Bytes need no files."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,10 @@ class FolderTokenizer:
         ids = self.inner(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.asarray(row, dtype=np.int32) for row in ids]
 
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer as `from_pretrained` reads it."""
+        self.inner.save_pretrained(folder)
+
 
 def load_tokenizer(source: str, *, model_vocab: int) -> Tokenizer:
     """The tokenizer of `data.tokenizer`: `bytes`, or a folder.
@@ -80,13 +91,16 @@ def load_tokenizer(source: str, *, model_vocab: int) -> Tokenizer:
 
 
 def _from_folder(source: str) -> FolderTokenizer:
-    from transformers import AutoTokenizer  # seconds to load, and bytes need none of it
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to load, and bytes need none of it
 
     folder = Path(source)
     if not folder.is_dir():
         raise DataError(f"There is no folder '{source}'; give 'bytes' or the folder of a Hugging Face tokenizer.")
     try:
-        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # A model's config.json in the folder makes AutoTokenizer take the family's class, which may split text in
+        # another way than tokenizer.json says; the file itself is what the user means.
+        kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
+        inner = kind.from_pretrained(folder, local_files_only=True)
     # What a broken folder raises depends on the file it breaks in; all of it means the same to the reader.
     except Exception as error:
         raise DataError(

@@ -1,0 +1,104 @@
+"""What is refused before a run starts: settings that do not fit the model, the folder or the checkpoint."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from seqloom.errors import CheckpointError, ConfigError
+from seqloom.plan import ModelShape, check
+from seqloom.train.checkpoint import Progress, newest, read_progress
+from seqloom.train.config import Config
+from seqloom.train.data import find_files
+from seqloom.train.tokenizer import load_tokenizer
+
+CHECKPOINTS = "checkpoints"
+FREE_TO_CHANGE = ("steps", "learning_rate", "warmup_steps", "final_learning_rate_share", "clip")
+"""Keys of `train` that may differ when a run is resumed; a note says so. All else must be as it was."""
+
+
+def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
+    """Refuse what would fail later, before any process starts and before anything is written.
+
+    world: processes there are, where a launcher has started them already.
+    Returns notes for the user. Raises ConfigError, PlanError, DataError, CheckpointError.
+    """
+    shape = ModelShape.from_config(config.model.settings())
+    train, data = config.train, config.plan.data
+    if train.micro_batch % data:
+        raise ConfigError(
+            f"train.batch={train.batch} in train.accumulate={train.accumulate} micro-batches leaves "
+            f"{train.micro_batch} sequences for data={data}, which must divide them; "
+            f"make train.batch a multiple of {train.accumulate * data}."
+        )
+    check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
+    find_files(config.data.files)
+    load_tokenizer(config.data.tokenizer, model_vocab=shape.vocab)
+    folder = config.run.folder
+    _check_writable(folder)
+    held = [name for name in (CHECKPOINTS, "metrics.jsonl") if (folder / name).exists()]
+    if held and not resume:
+        raise ConfigError(
+            f"{folder} holds a run already ({held[0]}); go on with it by --resume, or name another run.folder."
+        )
+    path = newest(folder / CHECKPOINTS)
+    if not resume:
+        return ()
+    if path is None:
+        return (f"There is no checkpoint in {folder} yet, so training starts from the beginning.",)
+    return _compare_settings(path, read_progress(path, contents=True), config)
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "cannot be written to" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"run.folder {folder} cannot be used: {there} {what}; name another one.")
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder while one is going on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"Another run is writing to {folder}; wait for its end, or name another run.folder."
+            ) from error
+        yield
+
+
+def run_settings(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, the model's path replaced by what it says."""
+    return config.model_dump(mode="json") | {"model": config.model.settings()}
+
+
+def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[str, ...]:
+    """Notes about settings that changed harmlessly; CheckpointError for those that would change the run."""
+    before, now = (_flat(settings) for settings in (progress.config, json.loads(json.dumps(run_settings(config)))))
+    changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
+    free = {f"train.{key}" for key in FREE_TO_CHANGE}
+    fixed = [key for key in changed if key not in free and not key.startswith("run.")]
+    if fixed:
+        said = ", ".join(f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in fixed)
+        raise CheckpointError(
+            f"{path} was written with other settings: {said}; resume with those it was written with, "
+            "or name another run.folder."
+        )
+    return tuple(
+        f"{key} was {was} when the checkpoint was written and is {value} now."
+        for key, (was, value) in changed.items()
+        if key in free
+    )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
