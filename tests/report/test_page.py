@@ -72,7 +72,7 @@ def test_numbers_of_the_run_are_on_the_page(make_run: Any) -> None:
     words = _words(make_run())
     for said in (
         "1.01 M parameters trained for 120 steps on sequences of 4,096 tokens, each split over 4 processes",
-        "in float64 the loss agrees to within 1.3e-16 and the gradient of every parameter to within 3.4e-15",
+        "in float64 the loss agrees to within 1.3e-16 and every parameter's gradient agrees to within 3.4e-15",
         "unigram entropy of the text, 3.307 nats/token",
         "zigzag (this plan): max/mean 1.000",
         "contiguous (for comparison): max/mean 1.500",
