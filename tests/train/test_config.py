@@ -1,5 +1,6 @@
 """Configurations: what is accepted, and a sentence for everything that is not."""
 
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,8 @@ def test_every_setting_is_described() -> None:
         section = field.annotation
         if isinstance(section, type) and hasattr(section, "model_fields"):
             for key in section.model_fields:
-                assert f"\n    {key}: " in (section.__doc__ or ""), f"{name}.{key}"
+                described = cleandoc(section.__doc__ or "")  # Python 3.13 takes the indentation away by itself
+                assert f"\n{key}: " in described, f"{name}.{key}"
 
 
 def test_an_inline_dtype_is_refused(write: Any) -> None:
