@@ -10,6 +10,7 @@ import click
 import pytest
 import typer
 
+from report.conftest import write_run
 from seqloom.cli.main import app, main
 from train.runs import contents, environment, started, write_config
 
@@ -310,3 +311,13 @@ def test_report_of_nothing(cli: Cli, tmp_path: Path) -> None:
     """Catches a page about no run."""
     assert str(tmp_path) in refused(cli("report", str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("verified", "says"), [(True, "'ring=2 ulysses=2' equals one device in"), (False, "not verified yet")]
+)
+def test_report_says_the_verdict(cli: Cli, tmp_path: Path, verified: bool, says: str) -> None:
+    """Catches a page whose verdict is known only to those who open it, or a verdict without verification."""
+    folder = write_run(tmp_path / "run", verified=verified)
+    code, out, err = cli("report", str(folder))
+    assert (code, err) == (0, "") and says in out and (folder / "report.html").is_file()
