@@ -34,13 +34,11 @@ _ADVICE = "remove that folder and resume from an older one"
 class Progress:
     """Where a run stands.
 
-    step: optimizer steps taken. sequences: sequences of the data order consumed. plan: the plan it
-    ran under. text: the fingerprint of the packed text. config: its settings.
+    step: optimizer steps taken, which is the position in the data too, since the batch may not change.
+    text: the fingerprint of the packed text. config: the settings, the plan among them.
     """
 
     step: int
-    sequences: int
-    plan: str
     text: int
     config: dict[str, Any]
 

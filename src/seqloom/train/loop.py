@@ -140,13 +140,7 @@ class _Run:
         return [self.text.batch(part) for part in numbers.reshape(train.accumulate, train.micro_batch)]
 
     def _save(self, step: int) -> None:
-        progress = Progress(
-            step=step,
-            sequences=step * self.config.train.batch,
-            plan=str(self.config.plan),
-            text=self.text.fingerprint,
-            config=run_settings(self.config),
-        )
+        progress = Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config))
         checkpoints = self.config.run.folder / CHECKPOINTS
         save(checkpoints, progress, self.model, self.optimizer, self.fabric, self.config.run.keep)
 
