@@ -1,6 +1,5 @@
 """Calls that follow each other in one process: other shapes, documents and plans; and ranks that see nothing."""
 
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -144,9 +143,12 @@ def test_scale_and_expanded_gradients(pool: Pool, text: str) -> None:
     assert all(pool.run(Plan.parse(text).world_size, scaled, text))
 
 
-def test_no_dropout() -> None:
-    """Catches an option taken and ignored: dropout would need random numbers that do not depend on the plan."""
-    assert list(inspect.signature(attention).parameters) == ["q", "k", "v", "sequence", "scale"]
+@pytest.mark.parametrize("p", [-0.1, 1.0])
+def test_impossible_dropout(p: float) -> None:
+    """Catches a probability that divides by zero, or one taken and ignored."""
+    _, shard = shard_batch(Batch.from_tokens(torch.zeros(2, 8, dtype=torch.int64)), Fabric.build(Plan()))
+    with pytest.raises(DataError, match="dropout"):
+        attention(*inputs(2, 8)[:3], shard, dropout=p)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +157,9 @@ def test_no_dropout() -> None:
         (lambda q, k, v: (q, k[:, :, :-1], v), "k is "),
         (lambda q, k, v: (q[:1], k, v), "q is "),
         (lambda q, k, v: (q, k, v.float()), "v is "),
-        (lambda q, k, v: (q, k, v[..., :4]), "v is "),
-        (lambda q, k, v: (q[:, :6], k, v), "heads do not fit"),
-        (lambda q, k, v: (q, k, v[:, :2]), "heads do not fit"),
+        (lambda q, k, v: (q, k[..., :4], v), "width 8 but k 4"),
+        (lambda q, k, v: (q[:, :6], k, v), "do not fit ulysses=1"),
+        (lambda q, k, v: (q, k, v[:, :2]), "do not fit ulysses=1"),
     ],
 )
 def test_tensors_that_the_shard_does_not_hold(change: Callable[..., tuple[Tensor, ...]], said: str) -> None:

@@ -1,210 +1,224 @@
-"""The local kernels, alone: two that must agree, and the merging of what they give."""
+"""The local kernels, alone: each on one tile, and on several from the final out and log-sum-exp."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from attention import stand_ins
+from attention.dense import HEADS, ROWS, compare_tile, compare_tiles, inputs
 from close import assert_close
-from seqloom.attention import attend, attend_backward, attention, kernels, merge
-from seqloom.attention.kernels import CPU_FUSED, PLAIN
-from seqloom.attention.local import Partial
-from seqloom.fabric import Fabric
-from seqloom.geometry import Mask, Span, Tile
-from seqloom.plan import Plan
-from seqloom.sequence import Batch, RowTiles, shard_batch
+from seqloom.attention.dropout import keys
+from seqloom.attention.kernels import (
+    KERNELS,
+    PLAIN,
+    TORCH_CPU,
+    Call,
+    Kernel,
+    choose,
+    flex,
+    kernels_for,
+    plain,
+    torch_cuda,
+)
+from seqloom.errors import ModelError
 
+BY_NAME = {kernel.name: kernel for _, kernels in KERNELS for kernel in kernels}
+EVERY = [pytest.param(kernel, id=name) for name, kernel in BY_NAME.items()]
 SCALE = 0.3
+FEATURES = ("softcap", "slopes", "allowed", "dropout")
 
 
-def inputs(heads: int, kv_heads: int, queries: int, keys: int, width: int = 8) -> list[Tensor]:
-    """dout, q, k, v of two rows, in float64."""
-    torch.manual_seed(queries + keys)
-    shapes = [(2, heads, queries, width)] * 2 + [(2, kv_heads, keys, width)] * 2
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+def rule(q: Any, k: Any) -> Any:
+    """A rule that no tile can say; query 4 sees nothing of it."""
+    return ((q * 7 + k * 3) % 5 != 0) & (q != 4)
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T) v and the log-sum-exp, from autograd's pieces, heads repeated."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * SCALE
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+def make_call(queries: range, positions: range, features: tuple[str, ...] = (), causal: bool = False) -> Call:
+    """A call on those positions of the row that asks for the features."""
+    placed = bool({"slopes", "allowed", "dropout"} & set(features))
+    return Call(
+        scale=SCALE,
+        causal=causal,
+        softcap=1.5 if "softcap" in features else None,
+        slopes=torch.linspace(0.5, 0.01, HEADS, dtype=torch.float64) if "slopes" in features else None,
+        q_positions=torch.tensor(queries) if placed else None,
+        k_positions=torch.tensor(positions) if placed else None,
+        allowed=rule if "allowed" in features else None,
+        dropout=0.3 if "dropout" in features else 0.0,
+        dropout_keys=keys(3, range(ROWS), 1, range(HEADS)) if "dropout" in features else None,
+    )
 
 
-@pytest.mark.parametrize("kernel", [CPU_FUSED, PLAIN], ids=lambda kernel: kernel.name)
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize(("queries", "keys", "causal"), [(7, 7, True), (1, 1, True), (5, 11, False), (11, 5, False)])
+@contextmanager
+def runnable(kernel: Kernel, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel can be called here, on the CPU and in float64, with a stand-in for its library where it needs one."""
+    with stand_ins.libraries(patch):
+        patch.setattr(torch_cuda, "OPS", stand_ins.aten(4))
+        patch.setattr(torch_cuda, "_stats_dims", lambda device: 4)
+        patch.setattr(flex, "_attend", stand_ins.dense_flex)
+        yield
+
+
+def honours(kernel: Kernel, features: tuple[str, ...]) -> bool:
+    """Whether the kernel takes a call with these features, by its own word."""
+    call = make_call(range(torch_cuda.STEP), range(torch_cuda.STEP), features)
+    q, v = (torch.empty(ROWS, HEADS, torch_cuda.STEP, 16, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    return kernel.lacks(call, q, v) is None
+
+
+WAYS = [*((name,) for name in FEATURES), FEATURES]
+HONOURED = [
+    pytest.param(kernel, features, id=f"{kernel.name}-{'+'.join(features)}")
+    for kernel in BY_NAME.values()
+    for features in WAYS
+    if honours(kernel, features)
+]
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize("heads", [3, 6])
+@pytest.mark.parametrize(("queries", "keys", "causal"), [(7, 7, True), (5, 11, False), (11, 5, False), (1, 9, False)])
 def test_kernel_is_the_definition(
-    kernel: kernels.Kernel, heads: int, kv_heads: int, queries: int, keys: int, causal: bool
+    kernel: Kernel, heads: int, queries: int, keys: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a wrong diagonal, a key head paired with another group's query heads, a scale applied once too few."""
-    dout, *qkv = inputs(heads, kv_heads, queries, keys)
-    whole = [x.requires_grad_() for x in qkv]
-    expected, expected_lse = by_definition(*whole, causal)
-    expected.backward(dout)
-    with torch.no_grad():
-        out, lse = kernel.forward(*qkv, causal, SCALE)
-        grads = kernel.backward(dout, *qkv, out, lse, causal, SCALE)
-    assert_close(out, expected, tolerance=1e-13)
-    assert_close(lse, expected_lse, tolerance=1e-13)
-    for actual, x in zip(grads, whole, strict=True):
-        if queries == 1:  # a softmax over one key does not move: dq and dk are 0
-            assert (actual - x.grad).abs().max() < 1e-14
-        else:
-            assert_close(actual, x.grad, tolerance=1e-12)
-            assert actual.shape == x.shape
+    call = make_call(range(queries), range(keys), causal=causal)
+    with runnable(kernel, monkeypatch):
+        compare_tile(kernel, call, inputs(queries, keys, heads=heads))
+
+
+@pytest.mark.parametrize("kernel", EVERY)
+@pytest.mark.parametrize(("width", "v_width"), [(24, 16), (16, 40), (17, 19)])
+def test_values_of_another_width(kernel: Kernel, width: int, v_width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches out or a gradient of the padded width, and q or v cut to the other's."""
+    calls = [make_call(range(8), range(8)), make_call(range(8), range(8), causal=True)]
+    with runnable(kernel, monkeypatch):
+        compare_tiles(kernel, calls, inputs(8, 16, width, v_width))
+
+
+@pytest.mark.parametrize(("kernel", "features"), HONOURED)
+@pytest.mark.parametrize("causal", [False, True])
+def test_features(kernel: Kernel, features: tuple[str, ...], causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an option left out of one pass, applied in another order, or to the wrong head, row or position.
+
+    The tiles' gradients come from the final out and log-sum-exp; under `allowed` query 4 sees nothing of either.
+    """
+    queries = range(3, 12)
+    calls = [make_call(queries, range(40, 49), features), make_call(queries, queries, features, causal)]
+    with runnable(kernel, monkeypatch):
+        compare_tiles(kernel, calls, inputs(9, 18, 24, 16))
+
+
+def test_who_honours_what() -> None:
+    """Catches a kernel that says it honours an option it was never tried with, and one that stopped."""
+    assert {param.id for param in HONOURED} == {
+        *(f"{name}-{'+'.join(features)}" for name in ("plain", "flex") for features in WAYS),
+        "flash_attn-softcap",
+        "flash_attn_3-softcap",
+    }
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("at_once", [1, 3, 4, 10, 11])
-def test_plain_kernel_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, at_once: int, causal: bool) -> None:
-    """Catches a block of rows whose diagonal starts at 0, a last block forgotten, or dK and dV of one block only."""
-    dout, *qkv = inputs(6, 2, 11, 11)
-    expected, expected_lse = CPU_FUSED.forward(*qkv, causal, SCALE)
-    expected_grads = CPU_FUSED.backward(dout, *qkv, expected, expected_lse, causal, SCALE)
-    monkeypatch.setattr(kernels, "ROWS_AT_ONCE", at_once)
-    out, lse = PLAIN.forward(*qkv, causal, SCALE)
-    assert_close(out, expected, tolerance=1e-13)
-    assert_close(lse, expected_lse, tolerance=1e-13)
-    for actual, wanted in zip(PLAIN.backward(dout, *qkv, out, lse, causal, SCALE), expected_grads, strict=True):
-        assert_close(actual, wanted, tolerance=1e-12)
+@pytest.mark.parametrize("bytes_at_once", [1, 700, 2_000, 9_000, 30_000])
+def test_plain_kernel_in_blocks(monkeypatch: pytest.MonkeyPatch, bytes_at_once: int, causal: bool) -> None:
+    """Catches a block whose diagonal, positions, heads or rows start at 0, a last one forgotten, and sums of one."""
+    monkeypatch.setattr(plain, "ON_THE_CPU", bytes_at_once)
+    monkeypatch.setattr(plain, "QUERIES_AT_LEAST", 4)
+    compare_tile(PLAIN, make_call(range(11), range(11), FEATURES, causal), inputs(11, 11))
+    compare_tile(PLAIN, make_call(range(11), range(7), FEATURES), inputs(11, 7))
 
 
-def test_plain_kernel_crosses_its_real_block() -> None:
-    """Catches the same at the block size that is shipped."""
-    rows = kernels.ROWS_AT_ONCE + 5
-    dout, *qkv = inputs(1, 1, rows, rows, 4)
-    qkv = [x[:1] for x in qkv]
-    expected, expected_lse = CPU_FUSED.forward(*qkv, True, SCALE)
-    out, lse = PLAIN.forward(*qkv, True, SCALE)
-    assert_close(out, expected, tolerance=1e-13)
-    assert_close(lse, expected_lse, tolerance=1e-13)
-    assert_close(out[:, :, -5:], expected[:, :, -5:], tolerance=1e-13)
-    pairs = zip(
-        PLAIN.backward(dout[:1], *qkv, out, lse, True, SCALE),
-        CPU_FUSED.backward(dout[:1], *qkv, expected, expected_lse, True, SCALE),
-        strict=True,
-    )
-    for actual, wanted in pairs:
-        assert_close(actual, wanted, tolerance=1e-12)
+class Largest(TorchDispatchMode):
+    """The largest tensor that an operation made, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, Tensor):
+                self.size = max(self.size, each.untyped_storage().nbytes())
+        return made
 
 
-@pytest.mark.parametrize("kernel", [CPU_FUSED, PLAIN], ids=lambda kernel: kernel.name)
-def test_types(kernel: kernels.Kernel) -> None:
+@pytest.mark.parametrize("features", [(), FEATURES], ids="+".join)
+def test_plain_kernel_makes_no_square(features: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows with the square of the tile."""
+    tokens = 300
+    tensors = inputs(tokens, tokens)
+    call = make_call(range(tokens), range(tokens), features, True)
+    sizes = []
+    for at_once in (2**18, 2**30):
+        monkeypatch.setattr(plain, "ON_THE_CPU", at_once)
+        with Largest() as seen, torch.no_grad():
+            out, lse = PLAIN.forward(*tensors[1:], call)
+            PLAIN.backward(*tensors, out, lse, call)
+        sizes.append(seen.size)
+    assert sizes[0] <= tensors[0].untyped_storage().nbytes() < sizes[1] == tokens**2 * HEADS * ROWS * 8
+
+
+@pytest.mark.parametrize("keys", [0, 3])
+def test_plain_kernel_on_empty_tiles(keys: int) -> None:
+    """Catches NaN where there is no key, and a failure where there is no query."""
+    dout, q, k, v = inputs(4 if not keys else 0, keys)
+    out, lse = PLAIN.forward(q, k, v, Call(SCALE))
+    assert out.shape == dout.shape and not out.any() and bool(lse.isneginf().all())
+    for grad, x in zip(PLAIN.backward(dout, q, k, v, out, lse, Call(SCALE)), (q, k, v), strict=True):
+        assert grad.shape == x.shape and not grad.any()
+
+
+@pytest.mark.parametrize("kernel", [TORCH_CPU, PLAIN], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("v_width", [16, 24])
+def test_types(kernel: Kernel, v_width: int) -> None:
     """Catches a log-sum-exp in bfloat16, or float64 that sinks to float32."""
-    for dtype, wide in (
-        (torch.bfloat16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ):
-        _, *qkv = inputs(4, 2, 6, 6)
-        out, lse = kernel.forward(*(x.to(dtype) for x in qkv), True, SCALE)
-        assert lse.dtype == wide
-        assert out.dtype in (dtype, wide)
+    wide = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        _, *qkv = (x.to(dtype) for x in inputs(6, 6, 16, v_width))
+        out, lse = kernel.forward(*qkv, Call(SCALE, True))
+        assert lse.dtype == wide.get(dtype, dtype)
+        assert out.dtype in (dtype, wide.get(dtype, dtype))
 
 
-def test_only_known_tiles_are_computed() -> None:
-    """Catches a tile of a shape without a kernel computed as if it were another."""
-    _, q, k, v = inputs(2, 2, 6, 6)
-    for tile in (
-        Tile(Span(0, 6), Span(0, 6), low=1),
-        Tile(Span(0, 6), Span(0, 3), low=0),
-        Tile(Span(0, 6), Span(0, 6), high=2),
-    ):
-        with pytest.raises(NotImplementedError):
-            attend(q, k, v, [RowTiles(Span(0, 2), (tile,))], SCALE, Partial.empty(q))
+def test_plain_kernel_in_bfloat16_rounds_no_score() -> None:
+    """Catches scores, probabilities or ALiBi held in bfloat16: positions beyond 256 would be rounded."""
+    tensors = [x.bfloat16() for x in inputs(40, 40)]
+    places = range(1000, 1040)
+    call, exact = make_call(places, places, FEATURES, True), [x.double() for x in tensors]
+    out, lse = PLAIN.forward(*tensors[1:], call)
+    expected, expected_lse = PLAIN.forward(*exact[1:], call)
+    assert_close(lse.masked_fill(lse.isneginf(), 0), expected_lse.masked_fill(lse.isneginf(), 0), tolerance=1e-5)
+    found = (out, *PLAIN.backward(*tensors, out, lse, call))
+    wanted = (expected, *PLAIN.backward(*exact, expected, expected_lse, call))
+    for actual, each in zip(found, wanted, strict=True):
+        assert_close(actual, each, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("kernel", [CPU_FUSED, PLAIN], ids=lambda kernel: kernel.name)
-def test_tiles_of_documents(kernel: kernels.Kernel) -> None:
-    """Catches rows that take each other's mask, and tiles merged at the wrong place; both kernels through `attend`."""
-    dout, *qkv = inputs(4, 2, 20, 20)
-    whole = [x.requires_grad_() for x in qkv]
-    masks = (Mask(documents=(3, 1, 9, 7)), Mask(documents=(11, 9)))
-    span = [Span(0, 20)]
-    work = [RowTiles(Span(row, row + 1), mask.tiles(span, span)) for row, mask in enumerate(masks)]
-    outs = []
-    for row, mask in enumerate(masks):
-        visible = torch.tensor([[mask.visible(i, j) for j in range(20)] for i in range(20)])
-        part = [x[row : row + 1] for x in whole]
-        keys, values = (x.repeat_interleave(2, 1) for x in part[1:])
-        scores = (part[0] @ keys.transpose(-1, -2) * SCALE).masked_fill(~visible, float("-inf"))
-        outs.append(scores.softmax(-1) @ values)
-    expected = torch.cat(outs)
-    expected.backward(dout)
-    with torch.no_grad():
-        met = Partial.empty(qkv[0])
-        attend(*qkv, work, SCALE, met, kernel)
-        grads = tuple(torch.zeros_like(x) for x in qkv)
-        attend_backward(dout, *qkv, (met.out, met.lse), work, SCALE, grads, kernel)
-    assert_close(met.out, expected, tolerance=1e-13)
-    for actual, x in zip(grads, whole, strict=True):
-        assert_close(actual, x.grad, tolerance=1e-12)
+@pytest.mark.parametrize("missing", ["q_positions", "dropout_keys"])
+def test_a_call_without_its_positions_is_refused(missing: str) -> None:
+    """Catches positions taken from the tile when the row's are forgotten."""
+    options: dict[str, Any] = {"dropout": 0.5, "q_positions": torch.arange(4), "k_positions": torch.arange(4)}
+    options["dropout_keys"] = keys(0, range(ROWS), 0, range(HEADS))
+    with pytest.raises(ValueError, match=missing):
+        PLAIN.forward(*inputs(4, 4)[1:], Call(SCALE, **(options | {missing: None})))
 
 
-def test_merge_is_attention_over_the_union() -> None:
-    """Catches weights that do not sum to 1, or that go to the wrong side."""
-    _, q, k, v = inputs(2, 2, 6, 10)
-    expected, expected_lse = by_definition(q, k, v, False)
-    parts = [by_definition(q, k[:, :, a:b], v[:, :, a:b], False) for a, b in ((0, 3), (3, 10))]
-    for first, second in (parts, parts[::-1]):
-        out, lse = merge(*first, *second)
-        assert_close(out, expected, tolerance=1e-13)
-        assert_close(lse, expected_lse, tolerance=1e-13)
+def test_choice_on_the_cpu() -> None:
+    """Catches the plain kernel where the fused one would do, and an option handed to one that ignores it."""
+    _, q, _, v = inputs(6, 6, 24, 16)
+    assert choose(q, v, make_call(range(6), range(6), causal=True)) is TORCH_CPU
+    for name in FEATURES:
+        assert choose(q, v, make_call(range(6), range(6), (name,))) is PLAIN
+    with pytest.raises(ModelError, match=r"int64.*torch_cpu: only float64.*plain: only floating-point.*use float32"):
+        choose(q.long(), v.long(), Call(SCALE))
 
 
-def test_merge_with_nothing() -> None:
-    """Catches NaN, or half the weight, where one side saw no key (lse -inf), whatever its out; and overflow."""
-    out, lse = torch.tensor([[1.0, 2.0]]), torch.tensor([0.5])
-    rubbish, nothing = torch.tensor([[7.0, -9.0]]), torch.tensor([float("-inf")])
-    for sides in (((out, lse), (rubbish, nothing)), ((rubbish, nothing), (out, lse))):
-        merged, total = merge(*sides[0], *sides[1])
-        assert_close(merged, out, tolerance=1e-6)
-        assert torch.equal(total, lse)
-    huge, huge_lse = torch.tensor([[3.0, 4.0]]), torch.tensor([1e4])
-    merged, total = merge(out, lse, huge, huge_lse)
-    assert torch.equal(merged, huge) and torch.equal(total, huge_lse)
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_a_query_that_meets_keys_late(first: int) -> None:
-    """Catches the first block met taken for the whole: some queries see nothing of it, and merge with -inf later."""
-    _, q, k, v = inputs(2, 2, 8, 8)
-    blocks = [
-        (Span(0, 4), (Tile(Span(2, 8), Span(0, 4)),)),  # queries 2.. see keys 0..4
-        (Span(4, 8), (Tile(Span(0, 8), Span(0, 4)),)),  # everyone sees keys 4..8
-    ]
-    met = Partial.empty(q)
-    for keys, tiles in (blocks[first], blocks[1 - first]):
-        part = slice(keys.start, keys.stop)
-        attend(q, k[:, :, part], v[:, :, part], [RowTiles(Span(0, 2), tiles)], SCALE, met)
-    visible = torch.ones(8, 8, dtype=torch.bool)
-    visible[:2, :4] = False
-    scores = (q @ k.transpose(-1, -2) * SCALE).masked_fill(~visible, float("-inf"))
-    assert_close(met.out, scores.softmax(-1) @ v, tolerance=1e-13)
-    assert_close(met.lse, scores.logsumexp(-1), tolerance=1e-13)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_tensors_laid_out_in_any_order(dtype: torch.dtype) -> None:
-    """Catches a last dim that is not laid out in memory, which the fused kernel would read as if it were."""
-    _, shard = shard_batch(Batch.from_tokens(torch.zeros(1, 16, dtype=torch.int64)), Fabric.build(Plan()))
-    torch.manual_seed(0)
-    plain = [torch.randn(1, 4, 16, 8, dtype=dtype).requires_grad_() for _ in range(3)]
-    turned = [x.detach().transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_() for x in plain]
-    outs = [attention(*tensors, shard) for tensors in (plain, turned)]
-    for out in outs:
-        out.sum().backward()
-    assert torch.equal(*outs)
-    for one, other in zip(plain, turned, strict=True):
-        assert torch.equal(one.grad, other.grad) and one.grad.norm() > 0
-
-
-def test_a_second_derivative_is_refused() -> None:
-    """Catches a gradient penalty that vanishes in silence: the backward passes have no backward of their own."""
-    _, shard = shard_batch(Batch.from_tokens(torch.zeros(1, 8, dtype=torch.int64)), Fabric.build(Plan()))
-    q, k, v = (torch.randn(1, 2, 8, 4).requires_grad_() for _ in range(3))
-    (grad,) = torch.autograd.grad(attention(q, k, v, shard).pow(2).sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+def test_choice_elsewhere() -> None:
+    """Catches a kernel for CUDA taken on a device that is neither."""
+    q = torch.empty(1, 4, 128, 64, device="meta")
+    assert kernels_for("mps") == (PLAIN,)
+    assert choose(q, q, make_call(range(6), range(6), FEATURES)) is PLAIN

@@ -1,34 +1,16 @@
 """The command line: what it offers, and what it says when it is used wrongly."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 import typer
 
+from cli.conftest import Cli, refused
 from report.conftest import write_run
-from seqloom.cli.main import app, main
-from train.runs import contents, environment, started, write_config
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command line in this process: exit status, stdout, stderr."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["seqloom", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        said = capfd.readouterr()
-        return int(left.value.code or 0), said.out, said.err
-
-    return run
+from seqloom.cli.main import app
+from train.runs import contents, started, write_config
 
 
 @pytest.fixture
@@ -45,9 +27,10 @@ def commands() -> dict[str, click.Command]:
 FLAGS = {
     "": "--debug --version",
     "train": "config overrides --resume",
-    "verify": "--plan --model --seq-len --heads --kv-heads --layers --batch --documents --steps --accumulate --dtype "
-    "--json",
-    "plan": "--check --model --seq-len --world --heads --kv-heads --layers",
+    "verify": "--plan --model --seq-len --heads --kv-heads --layers --batch --documents --full --window --prefix "
+    "--steps --accumulate --dtype --json",
+    "plan": "--check --model --seq-len --world --heads --kv-heads --layers --documents --full --window --prefix "
+    "--table",
     "report": "folder",
 }
 
@@ -82,14 +65,6 @@ def test_version(cli: Cli) -> None:
     assert cli("--version") == (0, f"seqloom {seqloom.__version__}\n", "")
 
 
-def refused(said: tuple[int, str, str]) -> str:
-    """The one sentence of a refusal."""
-    code, out, err = said
-    assert (code, out) == (2, ""), said
-    assert err.startswith("Error: ") and err.count("\n") == 1 and "Traceback" not in err, err
-    return err.removeprefix("Error: ").rstrip("\n")
-
-
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -107,7 +82,7 @@ def refused(said: tuple[int, str, str]) -> str:
             "data.sequence_length=4096",
             "longer than the model's 256 positions; use at most so many",
         ),
-        ("plan=ulysses=3", "2 key/value heads cannot be split over ulysses=3 (divisors: 1, 2)."),
+        ("plan=ulysses=5", "ulysses=5 is more than the model's 4 query heads, and each rank takes at least one; "),
         ("plan=data=4", "leaves 2 sequences for data=4, which must divide them"),
     ],
 )
@@ -182,9 +157,12 @@ VERIFY = ("verify", "--model", "llama")
             ("--plan", "ring=2", "--documents", "60,8", "--seq-len", "64"),
             "(60, 8) sum to 68; they must be positive and sum to the 64 tokens",
         ),
-        (("--plan", "ring=2", "--documents", "60,3"), "63 tokens cannot be split over ring=2"),
+        (("--plan", "ring=3", "--documents", "3,2"), "5 tokens are too few for ring=3 ulysses=1 layout=zigzag"),
         (("--plan", "ring=0"), "ring=0 is not a whole number from 1"),
-        (("--plan", "ulysses=4", "--heads", "6", "--kv-heads", "2"), "6 query heads cannot be split over ulysses=4"),
+        (
+            ("--plan", "ulysses=8", "--heads", "6", "--kv-heads", "2"),
+            "ulysses=8 is more than the model's 6 query heads",
+        ),
         (("--plan", "ring=2", "--dtype", "float8"), "dtype 'float8' is unknown; it is one of float64, float32, bf16."),
         (("--plan", "ring=2", "--steps", "0"), "steps is 0; it must be at least 1."),
         (("--plan", "ring=2", "--batch", "0"), "batch is 0; it must be at least 1."),
@@ -238,63 +216,6 @@ def test_verify_json() -> None:
         True,
     )
     assert 0 <= verdict["worst_gradient_error"] <= 1e-9 and verdict["worst_parameter"]
-
-
-PLAN = ("plan", "--model", "llama", "--seq-len")
-
-
-def test_plan_that_is_legal(cli: Cli) -> None:
-    """Catches a plan called legal with the numbers of another, or bytes of axes that are not split."""
-    code, out, err = cli(*PLAN, "4096", "--check", "ring=2 ulysses=2", "--world", "4")
-    assert (code, err) == (0, "")
-    lines = out.splitlines()
-    assert lines[0] == (
-        "Legal: 'ring=2 ulysses=2' on 4 processes; each holds 1,024 of 4,096 tokens, and 2 of 4 query heads and "
-        "1 of 2 key/value heads in attention."
-    )
-    assert lines[1] == "Causal attention work, most over mean: 1.000."
-    assert [line.split(" along ")[1].split(",")[0] for line in lines[2:]] == ["ring", "ulysses"]
-    _, out, _ = cli(*PLAN, "4096", "--check", "ring=4 layout=contiguous")
-    assert "most over mean: 1.75" in out, "4 equal parts of a triangle: 7/16 over 4/16"
-    assert "ulysses" not in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("62", "--check", "ring=4"), "62 tokens cannot be split over ring=4 ulysses=1 layout=zigzag, which needs a "),
-        (("64", "--check", "ring=2", "--world", "4"), "The plan 'ring=2' takes 2 processes, but there are 4. Try "),
-        (("64", "--check", "ulysses=8", "--heads", "12"), "12 query heads cannot be split over ulysses=8 (divisors: "),
-        (("64", "--check", "tensor=2"), "tensor=2 is not supported yet; the only degree is 1."),
-        (("0", "--check", "ring=2"), "A sequence of 0 tokens is empty; the shortest has 1."),
-    ],
-)
-def test_plan_that_is_not_legal(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
-    """Catches a reason that is not told, or is told without the way out."""
-    said = refused(cli(*PLAN, *arguments))
-    assert said.startswith(says)
-    assert " Try " in said or "such as" in said or "shortest" in said
-
-
-def test_plan_tells_all_at_once(cli: Cli) -> None:
-    """Catches reasons that come one by one."""
-    said = refused(cli(*PLAN, "62", "--check", "ring=4 ulysses=3", "--heads", "8", "--kv-heads", "4", "--world", "5"))
-    for reason in ("takes 12 processes", "4 key/value heads", "8 query heads", "62 tokens"):
-        assert reason in said
-    assert said.count(" Also: ") == 3
-
-
-def test_plan_leaves_torch_unloaded() -> None:
-    """Catches an import on the way to `plan` that costs seconds before the first word."""
-    program = (
-        "import sys; from seqloom.cli.main import main; sys.argv[1:] = sys.argv[1:]\n"
-        "try: main()\nfinally: print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    )
-    for check, code in (("ring=2 ulysses=2", 0), ("ring=3 ulysses=5", 2)):
-        command = [sys.executable, "-c", program, *PLAN, "64", "--check", check]
-        ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
-        assert ended.returncode == code, ended.stderr
-        assert ended.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,14 @@ DIFFERENTIABLE: dict[str, Callable[[Tensor, Axis], Tensor]] = {
     "shift by 2": lambda x, axis: collectives.shift(x, axis, 2),
     "shift back": lambda x, axis: collectives.shift(x, axis, -1),
     "all_gather": collectives.all_gather,
-    "all_to_all": collectives.all_to_all,
+    "all_to_all": lambda x, axis: torch.stack(collectives.all_to_all(list(x), [(ITEMS,)] * WORLD, axis)),
 }
 """By name, each on a tensor [WORLD, ITEMS]."""
+
+
+def traded(x: Tensor, axis: Axis) -> None:
+    """An all-to-all of the rows of x."""
+    collectives.start_trade([[part] for part in x], [[part] for part in torch.empty_like(x)], axis).wait()
 
 
 def noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -112,9 +117,9 @@ def test_ranks_are_those_of_the_axis(pool: Pool) -> None:
 def two_in_flight() -> tuple[float, float]:
     axis = Fabric.build(Plan(ring=WORLD)).ring
     block, gradient = torch.tensor([10.0 + axis.rank]), torch.tensor([20.0 + axis.rank])
-    first = collectives.start_shift(block, axis, tag=1)
-    second = collectives.start_shift(gradient, axis, tag=2)
-    return second.wait().item(), first.wait().item()
+    first = collectives.start_shift([block], axis, tag=1)
+    second = collectives.start_shift([gradient], axis, tag=2)
+    return second.wait()[0].item(), first.wait()[0].item()
 
 
 def test_two_shifts_in_flight(pool: Pool) -> None:
@@ -126,7 +131,7 @@ def test_two_shifts_in_flight(pool: Pool) -> None:
 METERED: dict[str, tuple[Callable[[Tensor, Axis], object], int]] = {
     "all-gather": (lambda x, axis: collectives.start_all_gather(x, axis).wait(), 2 * 12),
     "reduce-scatter": (lambda x, axis: collectives.start_reduce_scatter(x, axis).wait(), 2 * 4),
-    "all-to-all": (collectives.trade, 2 * 4),
+    "all-to-all": (traded, 2 * 4),
     "all-reduce": (collectives.all_reduce_, 4 * 4),
     "barrier": (lambda _, axis: collectives.barrier(axis), 0),
 }
@@ -193,9 +198,9 @@ def test_meter_hands_out_a_copy() -> None:
 
 
 CALLS: dict[str, Callable[[Axis], object]] = {
-    "shift": lambda axis: collectives.start_shift(torch.ones(4), axis).wait(),
+    "shift": lambda axis: collectives.start_shift([torch.ones(4)], axis).wait(),
     "all-gather": lambda axis: collectives.start_all_gather(torch.ones(4), axis).wait(),
-    "all-to-all": lambda axis: collectives.trade(torch.ones(WORLD, 4), axis),
+    "all-to-all": lambda axis: traded(torch.ones(WORLD, 4), axis),
     "all-reduce": lambda axis: collectives.all_reduce_(torch.ones(4), axis),
     "broadcast": lambda axis: collectives.broadcast_(torch.ones(4), axis, 2),
     "barrier": collectives.barrier,
@@ -231,7 +236,7 @@ def test_a_lost_peer_is_named_by_axis(pool: Pool, name: str) -> None:
 def misuse() -> str:
     mesh = Fabric.build(Plan(ring=WORLD))
     try:
-        collectives.trade(torch.ones(WORLD + 1, 2), mesh.ring)
+        collectives.start_shift([torch.ones(4).expand(2, 4)], mesh.ring)
     except Exception as error:
         return type(error).__name__
     return "accepted"

@@ -25,6 +25,13 @@ TEXTS = [
     "pipeline=2 data=2 tensor=2",
     "pipeline=2 ulysses=4",
     "data=4 ulysses=2",
+    "ring=4 inner_ring=2",
+    "ring=6 inner_ring=2",
+    "ring=6 inner_ring=3",
+    "ring=6 inner_ring=6",
+    "ring=3 inner_ring=1 ulysses=2",
+    "data=2 ring=4 inner_ring=2",
+    "ring=4 inner_ring=2 ulysses=2",
 ]
 
 
@@ -35,7 +42,7 @@ def members(axis: Axis) -> list[int]:
 
 def place(text: str) -> dict[str, Any]:
     fabric = Fabric.build(Plan.parse(text))
-    axes = {name: getattr(fabric, name) for name in (*AXES, "replicas", "world")}
+    axes = {name: getattr(fabric, name) for name in (*AXES, "inner", "outer", "replicas", "world")}
     heard = {}
     for name, axis in axes.items():
         # The ranks as seen by a collective, not by the book: each adds 2 ** its global rank.
@@ -47,6 +54,14 @@ def place(text: str) -> dict[str, Any]:
         "members": {name: members(axis) for name, axis in axes.items()},
         "heard": heard,
     }
+
+
+def rings(plan: Plan, ring: list[int], rank: int) -> dict[str, tuple[str, list[int]]]:
+    """The axis names and global ranks that `inner` and `outer` must have: neighbours, and every inner_ring-th."""
+    inner = plan.inner_ring or plan.ring
+    first, place = ring.index(rank) // inner * inner, ring.index(rank) % inner
+    name = "ring" if inner == plan.ring else "inner_ring"
+    return {"inner": (name, ring[first : first + inner]), "outer": ("outer_ring", ring[place::inner])}
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -66,11 +81,18 @@ def test_rank_order(pool: Pool, text: str) -> None:
             assert found["places"][name] == (name, at[dim], shape[dim])
         expected["replicas"] = grid[at[0], :, :, :, at[4]].flatten().tolist()
         expected["world"] = list(range(plan.world_size))
-        assert found["members"] == expected
-        assert found["heard"] == {name: sum(1 << r for r in ranks) for name, ranks in expected.items()}
+        assert {name: found["members"][name] for name in expected} == expected
+        assert {name: found["heard"][name] for name in expected} == {
+            n: sum(1 << r for r in x) for n, x in expected.items()
+        }
         for name in ("replicas", "world"):
             ranks = expected[name]
             assert found["places"][name] == (name, ranks.index(rank), len(ranks))
+        for name, along in rings(plan, expected["ring"], rank).items():
+            axis_name, ranks = along
+            assert found["places"][name] == (axis_name, ranks.index(rank), len(ranks))
+            assert found["members"][name] == ranks
+            assert found["heard"][name] == sum(1 << r for r in ranks)
 
 
 def build(text: str) -> None:
@@ -122,16 +144,19 @@ def test_two_plans_in_one_process(pool: Pool) -> None:
         assert [x[4] for x in found] == [{"ring": sent, "data": 24}, {"ring": 2 * sent, "data": 48}]
 
 
-def closed() -> list[float]:
-    first = Fabric.build(Plan(ring=3, ulysses=2))
+def closed(text: str) -> tuple[list[float], int]:
+    before = len(dist.distributed_c10d._world.pg_map)
+    first = Fabric.build(Plan.parse(text))
     first.close()
+    left = len(dist.distributed_c10d._world.pg_map) - before
     second = Fabric.build(Plan(data=2, ring=3))
     ones = torch.ones(1)
     all_reduce_(ones, second.ring)
     second.close()
-    return ones.tolist()
+    return ones.tolist(), left
 
 
-def test_a_closed_fabric_leaves_the_rest_alone(pool: Pool) -> None:
+@pytest.mark.parametrize("text", ["ring=3 ulysses=2", "ring=6 inner_ring=2", "data=3 ulysses=2"])
+def test_a_closed_fabric_leaves_the_rest_alone(pool: Pool, text: str) -> None:
     """Catches a close that ends the default group, or groups whose threads stay when their fabric is gone."""
-    assert pool.run(6, closed) == [[3.0]] * 6
+    assert pool.run(6, closed, text) == [([3.0], 0)] * 6

@@ -1,14 +1,16 @@
 """Tiles against the definition of who may see whom."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geometry.cases import layouts, masks, pairs, visible_pairs
+from seqloom.errors import DataError
 from seqloom.geometry import Layout, Mask, Span, Tile
-from seqloom.geometry.tile import causal_tiles, coalesce
+from seqloom.geometry.tile import band, coalesce
 
 
 @settings(max_examples=400)
@@ -22,8 +24,9 @@ def test_tiles_cover_exactly_the_visible_pairs(layout: Layout, data: st.DataObje
         found = [pair for tile in tiles for pair in pairs(tile)]
         assert sorted(found) == sorted(visible_pairs(mask, q, k))
         assert [tile.area for tile in tiles] == [len(pairs(tile)) for tile in tiles]
-        assert all(tile.full or tile.causal for tile in tiles)
         assert all(tile.area for tile in tiles), "an empty tile would reach a kernel"
+        seen_keys = sorted({j for _, j in found})
+        assert [j for span in mask.needed(q, k) for j in range(*span)] == seen_keys
         everything += mask.area(q, k)
     whole = [Span(0, layout.num_tokens)]
     assert everything == len(visible_pairs(mask, whole, whole)) == sum(layout.work(mask))
@@ -67,15 +70,68 @@ def test_area_counts_any_band(q: Span, k: Span, low: int | None, high: int | Non
     assert tile.area == len(pairs(tile))
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(-14, 14))
-def test_causal_tiles_cut_any_diagonal(rows: int, columns: int, shift: int) -> None:
-    """Catches a staircase cut wrongly where the diagonal enters or leaves through another side."""
+_BOUND = st.none() | st.integers(-14, 14)
+
+
+@settings(max_examples=500)
+@given(st.integers(1, 12), st.integers(1, 12), _BOUND, _BOUND)
+def test_pieces_cut_any_band(rows: int, columns: int, low: int | None, high: int | None) -> None:
+    """Catches a staircase cut wrongly where a diagonal enters or leaves by another side, and pieces no kernel has."""
     q, k = Span(100, 100 + rows), Span(7, 7 + columns)
-    tiles = list(causal_tiles(q, k, shift))
-    found = [(i - 100, j - 7) for tile in tiles for i, j in pairs(tile)]
-    assert sorted(found) == [(i, j) for i in range(rows) for j in range(columns) if i - j >= shift]
-    assert len(tiles) <= 3
-    assert all(tile.full or tile.causal for tile in tiles)
+    offset = 100 - 7
+    tile = band(q, k, *(None if bound is None else bound + offset for bound in (low, high)))
+    pieces = list(tile.pieces()) if tile else []
+    expected = [
+        (i, j)
+        for i in range(rows)
+        for j in range(columns)
+        if (low is None or i - j >= low) and (high is None or i - j <= high)
+    ]
+    assert sorted((i - 100, j - 7) for piece in pieces for i, j in pairs(piece)) == expected
+    assert all(piece.full or piece.causal or piece.anticausal for piece in pieces)
+    if low is None or high is None:
+        assert len(pieces) <= 4
+    if tile:
+        assert {i for i, _ in pairs(tile)} == set(range(tile.q.start, tile.q.stop)), "a row of the tile sees nothing"
+        assert {j for _, j in pairs(tile)} == set(range(tile.k.start, tile.k.stop)), "nobody sees a column of the tile"
+
+
+def test_a_band_takes_pieces_as_wide_as_itself() -> None:
+    """Catches a window cut into single rows: 4,096 tokens under a window of 512 take about 3 pieces per window."""
+    (tile,) = Mask(window=512).tiles([Span(0, 4096)], [Span(0, 4096)])
+    assert len(list(tile.pieces())) <= 3 * 4096 // 512
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"window": 0}, "window of 0"),
+        ({"prefix": -1}, "prefix of -1"),
+        ({"documents": (3,), "padding": (1,)}, "Padding names documents"),
+        ({"padding": (0,)}, "there are 0"),
+    ],
+)
+def test_impossible_masks_are_refused(fields: dict[str, Any], said: str) -> None:
+    """Catches a window that hides a token from itself, and padding that names no document."""
+    with pytest.raises(DataError, match=said):
+        Mask(**fields)
+
+
+def test_the_tighter_window_holds() -> None:
+    """Catches a layer's window that widens the batch's, or is lost."""
+    assert Mask(window=4).within(9).window == 4
+    assert Mask(window=9).within(4).window == 4
+    assert Mask().within(4).window == 4
+    assert Mask(window=4).within(None).window == 4
+
+
+def test_allowed_only_forbids() -> None:
+    """Catches a further rule that opens what causality or a document border closes."""
+    mask = Mask(documents=(4, 4), allowed=lambda q, k: (q - k) % 2 == 0)
+    assert mask.visible(2, 0)
+    assert not mask.visible(3, 0)
+    assert not mask.visible(0, 2)
+    assert not mask.visible(4, 2)
 
 
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans()), max_size=16), st.data())

@@ -27,12 +27,17 @@ def inputs(bias: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor 
     return [*leaves[:2], leaves[2] if bias else None], labels
 
 
-def reference(leaves: list[Tensor | None], labels: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
+def reference(
+    leaves: list[Tensor | None], labels: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """torch's summed cross entropy in float64, and its gradients times `scale`."""
     copies = [None if x is None else x.detach().double().requires_grad_() for x in leaves]
     hidden, weight, bias = copies
     assert hidden is not None and weight is not None
-    loss = cross_entropy(linear(hidden, weight, bias), labels, reduction="sum")
+    logits = linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap  # as modeling_gemma2 writes it
+    loss = cross_entropy(logits, labels, reduction="sum")
     (loss * scale).backward()
     return loss.detach(), [x.grad for x in copies if x is not None and x.grad is not None]
 
@@ -50,6 +55,33 @@ def test_equals_torch(chunk: int, bias: bool) -> None:
     for x, wanted in zip([x for x in leaves if x is not None], expected_grads, strict=True):
         assert_close(x.grad, wanted, tolerance=1e-13)
     assert torch.equal(leaves[0].grad[labels < 0], torch.zeros_like(leaves[0].grad[labels < 0]))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+@pytest.mark.parametrize("softcap", [1.5, 30.0])
+def test_soft_capped_logits(softcap: float, chunk: int, bias: bool) -> None:
+    """Catches Gemma 2's final cap dropped, applied to the loss alone, or left out of the gradient of some chunk."""
+    leaves, labels = inputs(bias)
+    expected, expected_grads = reference(leaves, labels, 3.0, softcap)
+    loss = chunked_cross_entropy(*leaves, labels, chunk_tokens=chunk, softcap=softcap)
+    (loss * 3.0).backward()
+    assert_close(loss, expected, tolerance=1e-13)
+    for x, wanted in zip([x for x in leaves if x is not None], expected_grads, strict=True):
+        assert_close(x.grad, wanted, tolerance=1e-13)
+    plain, plain_grads = reference(leaves, labels, 3.0)
+    assert abs(plain - expected) > 1e-3 * expected and (plain_grads[1] - expected_grads[1]).norm() > 1e-3
+
+
+def test_a_soft_cap_in_bfloat16_is_taken_in_float32() -> None:
+    """Catches tanh of rounded quotients: near the cap bfloat16 cannot tell large logits apart."""
+    leaves, labels = inputs(True, torch.bfloat16)
+    expected, expected_grads = reference(leaves, labels, 1.0, 2.0)
+    loss = chunked_cross_entropy(*leaves, labels, chunk_tokens=4, softcap=2.0)
+    loss.backward()
+    assert_close(loss, expected, tolerance=3e-3)
+    for x, wanted in zip(leaves, expected_grads, strict=True):
+        assert_close(x.grad, wanted, tolerance=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +175,15 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_logits_of_one_chunk_only(training: bool, bias: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_logits_of_one_chunk_only(softcap: float | None, training: bool, bias: bool) -> None:
     """Catches logits of the whole sequence, in training or in evaluation, forward or backward."""
     tokens, hidden_size, vocab, chunk = 96, 4, 64, 8
     leaves = [torch.randn(shape).requires_grad_() for shape in ((tokens, hidden_size), (vocab, hidden_size), (vocab,))]
     labels = torch.randint(vocab, (tokens,))
+    head = leaves[1], leaves[2] if bias else None
     with Largest() as made, torch.set_grad_enabled(training):
-        loss = chunked_cross_entropy(leaves[0], leaves[1], leaves[2] if bias else None, labels, chunk_tokens=chunk)
+        loss = chunked_cross_entropy(leaves[0], *head, labels, chunk_tokens=chunk, softcap=softcap)
         if training:
             loss.backward()
     assert loss.requires_grad == training

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from seqloom.model import build_model
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import Batch
-from seqloom.verify.oracle import dense_mask
+from seqloom.verify.oracle import one_device_logits
 
 TOKENS = 48
 
@@ -20,19 +20,19 @@ def build(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     return build_model({**fit(read_config(family), Plan(), TOKENS), **changes}, dtype=torch.float64, seed=seed)
 
 
-def batch_of(rows: int, documents: list[list[int]] | None = None, num_tokens: int = TOKENS, vocab: int = 96) -> Batch:
+def batch_of(
+    rows: int, documents: list[list[int]] | None = None, num_tokens: int = TOKENS, vocab: int = 96, **others: Any
+) -> Batch:
     """Random tokens, the same everywhere."""
     tokens = torch.randint(vocab, (rows, num_tokens), generator=torch.Generator().manual_seed(7))
-    return Batch.from_tokens(tokens, documents)
+    return Batch.from_tokens(tokens, documents, **others)
 
 
 def dense_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The mean loss over all labels, by the untouched model on the whole batch."""
+    """The mean loss over all labels, by the untouched model, one whole row at a time."""
     model.set_attn_implementation("eager")
-    mask = torch.cat([dense_mask(batch, row, torch.float64) for row in range(len(batch.tokens))])
-    positions = batch.positions()
-    logits = model(input_ids=batch.tokens, position_ids=positions, attention_mask=mask, use_cache=False).logits
-    return cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    logits = [one_device_logits(model, batch, row, precision="float64") for row in range(len(batch.tokens))]
+    return cross_entropy(torch.cat(logits).flatten(0, 1), batch.labels.flatten())
 
 
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:

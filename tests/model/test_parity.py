@@ -10,10 +10,10 @@ from torch import Tensor
 from close import assert_close
 from model.dense import TOKENS, batch_of, build, dense_loss, gradients
 from pool import Pool
-from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, all_reduce_
+from seqloom.geometry import Mask
 from seqloom.model import parallelize, sum_gradients, token_loss
-from seqloom.plan import Plan
+from seqloom.plan import FAMILIES, Plan
 from seqloom.sequence import Batch, shard_batch
 from seqloom.verify.lift import Float64Islands
 
@@ -53,11 +53,18 @@ def compare(
 
 
 def one_loop(
-    family: str, text: str, rows: int, documents: Documents, changes: dict[str, Any], checkpointing: bool, frozen: str
+    family: str,
+    text: str,
+    rows: int,
+    documents: Documents,
+    changes: dict[str, Any],
+    checkpointing: bool = False,
+    frozen: str = "",
+    **others: Any,
 ) -> tuple[int, int]:
     """How many gradients were compared, of how many parameters."""
     fabric = Fabric.build(Plan.parse(text))
-    batch = batch_of(rows, documents)
+    batch = batch_of(rows, documents, **others)
     # torch runs what a checkpoint recomputes outside of function modes, so there the islands stay in float32.
     with nullcontext() if checkpointing else Float64Islands():
         dense, model = build(family, **changes), build(family, **changes)
@@ -71,7 +78,7 @@ def one_loop(
         assert parallelize(model, fabric) is model
         found = split(model, batch, fabric, chunk_tokens=5)
         assert bool(frozen) == any(p.grad is None for p in model.parameters())
-        assert model.model.gradient_checkpointing == checkpointing
+        assert model.base_model.gradient_checkpointing == checkpointing
         tolerance = 1e-5 if checkpointing else 1e-11
         compared = compare(found, loss, gradients(dense), fabric.world.size, tolerance)
         return compared, len(list(model.parameters()))
@@ -81,11 +88,11 @@ UNEVEN = [[48], [1, 22, 25]]
 
 
 @pytest.mark.parametrize("text", ["ring=3", "ring=2 ulysses=2", "data=2 ulysses=2 exchange=gather layout=striped"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(pool: Pool, family: str, text: str) -> None:
     """Catches a family whose norms, biases, tied weights or rotary angles see local positions for global ones."""
     plan = Plan.parse(text)
-    for compared, parameters in pool.run(plan.world_size, one_loop, family, text, 2, UNEVEN, {}, False, ""):
+    for compared, parameters in pool.run(plan.world_size, one_loop, family, text, 2, UNEVEN, {}):
         assert compared >= parameters - (2 if family == "qwen2" else 0)
 
 
@@ -115,28 +122,157 @@ def test_frozen_parameters(pool: Pool, frozen: str) -> None:
 )  # fmt: skip
 def test_variants_of_llama(pool: Pool, changes: dict[str, Any]) -> None:
     """Catches grouped heads taken for granted, biases forgotten, or rotary scaling lost."""
-    assert all(c for c, _ in pool.run(4, one_loop, "llama", "ring=2 ulysses=2", 1, None, changes, False, ""))
+    assert all(c for c, _ in pool.run(4, one_loop, "llama", "ring=2 ulysses=2", 1, None, changes))
 
 
-def windowed(window: int, num_tokens: int) -> int:
-    fabric = Fabric.build(Plan(ring=2))
-    batch = batch_of(1, None, num_tokens)
+MIXED = {
+    "use_sliding_window": True,
+    "sliding_window": 11,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+WINDOWS: list[tuple[str, dict[str, Any]]] = [
+    ("mistral", {"sliding_window": 48}),
+    ("mistral", {"sliding_window": 17}),
+    ("mistral", {"sliding_window": 1}),
+    ("qwen2", MIXED),
+    ("qwen3", MIXED | {"num_key_value_heads": 1}),
+    ("gemma2", {"sliding_window": 5}),
+    ("gemma3_text", {"sliding_window": 7, "sliding_window_pattern": 3, "num_hidden_layers": 3}),
+    ("gpt_oss", {"sliding_window": 13}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), WINDOWS, ids=lambda x: x if isinstance(x, str) else x["sliding_window"])
+def test_windows_of_layers(pool: Pool, family: str, changes: dict[str, Any]) -> None:
+    """Catches a window dropped silently, off by one, or taken from another layer."""
+    for text in ("ring=3", "ring=2 ulysses=2 layout=striped exchange=needed"):
+        assert all(c for c, _ in pool.run(Plan.parse(text).world_size, one_loop, family, text, 2, UNEVEN, changes))
+
+
+def reached(q: Any, k: Any) -> Any:
+    """Every third position, and one's own."""
+    return ((q - k) % 3 == 0) | (q == k)
+
+
+RULES = {
+    "full": Mask(causal=False),
+    "window": Mask(window=7),
+    "prefix": Mask(prefix=5),
+    "all": Mask(causal=False, window=9, prefix=2),
+    "allowed": Mask(allowed=reached),
+}
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom"])
+@pytest.mark.parametrize("name", RULES)
+def test_rules_of_the_batch(pool: Pool, name: str, family: str) -> None:
+    """Catches a rule lost on its way to the layers, or one that a layer's own window, cap or slopes undo."""
+    found = pool.run(3, with_rule, family, "ring=3", RULES[name])
+    found += pool.run(4, with_rule, family, "ring=2 ulysses=2 exchange=gather", RULES[name])
+    assert all(found)
+
+
+def with_rule(family: str, text: str, rule: Mask) -> int:
+    return one_loop(family, text, 2, UNEVEN, {}, rule=rule)[0]
+
+
+def padded(family: str, text: str, left: bool) -> int:
+    """Rows of other lengths in one tensor, against each row alone, cut to its length."""
+    fabric, lengths = Fabric.build(Plan.parse(text)), (48, 29)
+    position = torch.arange(TOKENS)
+    kept = torch.stack([position >= TOKENS - n if left else position < n for n in lengths])
+    batch = batch_of(2, attention_mask=kept.long())
+    assert batch.label_count == sum(lengths) - 2
     with Float64Islands():
-        dense, model = build("mistral", sliding_window=window), build("mistral", sliding_window=window)
+        dense, model = build(family), parallelize(build(family), fabric)
+        loss = torch.zeros((), dtype=torch.float64)
+        for row in range(2):
+            alone = Batch.from_tokens(batch.tokens[row : row + 1, kept[row]])
+            share = dense_loss(dense, alone) * alone.label_count / batch.label_count
+            share.backward()
+            loss += share.detach()
+        return compare(split(model, batch, fabric), loss, gradients(dense), fabric.world.size)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
+@pytest.mark.parametrize("left", [True, False])
+def test_padding(pool: Pool, left: bool, family: str) -> None:
+    """Catches padding that is attended to, counted in the loss, or that shifts positions and slopes."""
+    for text in ("ring=3", "ring=2 ulysses=2 exchange=gather"):
+        assert all(pool.run(Plan.parse(text).world_size, padded, family, text, left))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}  # fmt: skip
+
+
+def sinks_set(text: str) -> int:
+    """gpt-oss with sinks that matter; transformers draws them near zero, as scores of one key among many."""
+    fabric = Fabric.build(Plan.parse(text))
+    batch = batch_of(2, UNEVEN)
+    with Float64Islands():
+        dense, model = (build("gpt_oss", rope_parameters=YARN) for _ in range(2))
+        for each in (dense, model):
+            for i, layer in enumerate(each.model.layers):
+                layer.self_attn.sinks.data = torch.linspace(-1.0, 3.0 + i, 4, dtype=torch.float64)
         loss = dense_loss(dense, batch)
         loss.backward()
-        return compare(split(parallelize(model, fabric), batch, fabric), loss, gradients(dense), 2)
+        expected = gradients(dense)
+        assert all(expected[f"model.layers.{i}.self_attn.sinks"].norm() > 1e-4 for i in range(2))
+        return compare(split(parallelize(model, fabric), batch, fabric), loss, expected, fabric.world.size)
 
 
-def test_a_window_as_long_as_the_sequence(pool: Pool) -> None:
-    """Catches a window refused, or cut, where it hides nothing: at exactly the length of the sequence too."""
-    assert all(pool.run(2, windowed, 48, 48)) and all(pool.run(2, windowed, 64, 48))
+@pytest.mark.parametrize("text", ["ring=3", "ulysses=3", "ring=2 ulysses=2 exchange=rsa layout=striped"])
+def test_attention_sinks(pool: Pool, text: str) -> None:
+    """Catches sinks counted once a rank, given to another rank's heads, or left without their gradient."""
+    assert all(pool.run(Plan.parse(text).world_size, sinks_set, text))
 
 
-def test_a_shorter_window_is_refused(pool: Pool) -> None:
-    """Catches a window dropped silently: full attention where the model was trained with a window."""
-    with pytest.raises(ModelError, match=r"MistralAttention has a window of 32.*48 tokens"):
-        pool.run(2, windowed, 32, 48)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "text"), [(5, 1, "ulysses=3"), (6, 2, "ulysses=4"), (7, 7, "ring=2 ulysses=2")]
+)
+def test_heads_that_do_not_divide(pool: Pool, heads: int, kv_heads: int, text: str) -> None:
+    """Catches heads lost, doubled or parted from their group where the Ulysses degree does not divide them."""
+    changes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 8 * heads}
+    world = Plan.parse(text).world_size
+    assert all(c for c, _ in pool.run(world, one_loop, "llama", text, 2, UNEVEN, changes))
+
+
+@pytest.mark.parametrize("num_tokens", [7, 31, 53])
+def test_lengths_that_do_not_divide(pool: Pool, num_tokens: int) -> None:
+    """Catches tokens dropped or doubled where the length is a prime."""
+    for text in ("ring=3", "ring=2 ulysses=2", "data=2 ring=2 layout=contiguous"):
+        found = pool.run(Plan.parse(text).world_size, of_length, text, num_tokens)
+        assert all(found)
+
+
+def of_length(text: str, num_tokens: int) -> int:
+    return one_loop("llama", text, 2, None, {}, num_tokens=num_tokens)[0]
+
+
+def dropped(text: str) -> tuple[Tensor, dict[str, Tensor]]:
+    fabric = Fabric.build(Plan.parse(text))
+    with Float64Islands():
+        model = parallelize(build("llama", attention_dropout=0.4), fabric)
+        return split(model, batch_of(2, UNEVEN, seed=3), fabric)
+
+
+def test_attention_dropout(pool: Pool) -> None:
+    """Catches dropout that depends on the plan, that is left out, or that all layers draw alike."""
+    (loss, expected), *_ = pool.run(1, dropped, "data=1")
+    for text in ("ring=3", "ulysses=2", "data=2 ring=2 layout=striped exchange=gather"):
+        for found in pool.run(Plan.parse(text).world_size, dropped, text):
+            compare(found, loss, expected, 2)
+    with Float64Islands(), torch.no_grad():
+        model = parallelize(build("llama", attention_dropout=0.4), Fabric.build(Plan()))
+        again = [shard_batch(batch_of(2, UNEVEN, seed=seed), Fabric.build(Plan())) for seed in (3, 4)]
+        assert abs(token_loss(model, *again[0]) - loss) < 1e-12
+        assert abs(token_loss(model, *again[1]) - loss) > 1e-3
+        model.model.layers[1].self_attn.layer_idx = 0
+        assert abs(token_loss(model, *again[0]) - loss) > 1e-3
+        plain = token_loss(parallelize(build("llama"), Fabric.build(Plan())), *again[0])
+        assert token_loss(model.eval(), *again[0]) == plain
 
 
 def uneven_labels(text: str) -> int:

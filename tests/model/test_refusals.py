@@ -12,9 +12,11 @@ from model.dense import TOKENS, batch_of, build
 from pool import Pool
 from seqloom.errors import ModelError, PlanError, SeqloomError
 from seqloom.fabric import Fabric
+from seqloom.geometry import Mask
 from seqloom.model import build_model, parallelize, sum_gradients, token_loss
-from seqloom.model.adapter import probe, refuse_unknown
-from seqloom.plan import Plan
+from seqloom.model.adapter import refuse_unknown
+from seqloom.model.probe import probe
+from seqloom.plan import FAMILIES, Plan
 from seqloom.sequence import shard_batch
 
 
@@ -31,7 +33,6 @@ def tiny(family: str, **settings: Any) -> PreTrainedModel:
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPTJ = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
 DEAF: dict[str, tuple[str, dict[str, Any]]] = {
-    "BloomForCausalLM": ("bloom", {"vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "FalconForCausalLM": ("falcon", SIZES),
     "GPTJForCausalLM": ("gptj", {**GPTJ, "bos_token_id": 1, "eos_token_id": 2}),
 }
@@ -39,7 +40,7 @@ DEAF: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", DEAF)
 def test_probe_refuses_deaf_families(name: str) -> None:
-    """Catches a family that swallows the shard and attends to its own part only (BLOOM even turns bidirectional)."""
+    """Catches a family that swallows the shard and attends to its own part only."""
     family, settings = DEAF[name]
     with pytest.raises(ModelError, match=rf"{name} cannot be split: a sequence shard given to its forward"):
         probe(tiny(family, **settings))
@@ -53,7 +54,7 @@ def test_parallelize_refuses_deaf_families(fabric: Fabric, name: str) -> None:
         parallelize(tiny(family, **settings), fabric)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_probe_lets_families_pass_and_leaves_them_alone(family: str) -> None:
     """Catches a probe that refuses everything, changes weights, the attention chosen, or the random state."""
     model = build(family)
@@ -82,20 +83,25 @@ def test_probe_counts_layers() -> None:
     probe(model)
 
 
-def test_soft_caps_are_refused_by_name(fabric: Fabric) -> None:
-    """Catches Gemma 2's soft-capped scores computed without the cap."""
-    gemma = tiny("gemma2", **SIZES, num_key_value_heads=2, head_dim=8, intermediate_size=48)
-    with pytest.raises(PlanError) as caught:
-        parallelize(gemma, fabric)
-    for said in ("gemma2", "attn_logit_softcapping=50.0", "final_logit_softcapping=30.0"):
-        assert said in str(caught.value)
+def test_dropout_of_hidden_states_is_refused(fabric: Fabric) -> None:
+    """Catches dropout that BLOOM hands to a function as a number, where no nn.Dropout tells of it."""
+    with pytest.raises(SeqloomError, match=r"hidden_dropout.*0\.1"):
+        parallelize(build("bloom", hidden_dropout=0.1), fabric)
+    model = build("bloom")
+    model.transformer.h[1].mlp.hidden_dropout = 0.1
+    with pytest.raises(ModelError, match=r"h\.1\.mlp drops out with p=0\.1"):
+        parallelize(model, fabric)
 
 
-@pytest.mark.parametrize("settings", [{"attention_dropout": 0.1}])
-def test_dropout_of_attention_is_refused(fabric: Fabric, settings: dict[str, Any]) -> None:
-    """Catches dropout accepted and ignored, or drawn differently under every plan."""
-    with pytest.raises(PlanError, match=r"attention_dropout.*0\.1"):
-        parallelize(build("llama", **settings), fabric)
+def test_attention_dropout_needs_the_number_of_the_layer(fabric: Fabric) -> None:
+    """Catches layers that all drop the same pairs because none knows which one it is."""
+    model = parallelize(build("llama", attention_dropout=0.1), fabric)
+    local, shard = shard_batch(batch_of(1), fabric)
+    model(**local.inputs, sequence=shard)
+    del model.model.layers[1].self_attn.layer_idx
+    with pytest.raises(ModelError, match="LlamaAttention has no layer_idx"):
+        model(**local.inputs, sequence=shard)
+    model.eval()(**local.inputs, sequence=shard)
 
 
 def test_dropout_modules_are_refused(fabric: Fabric) -> None:
@@ -109,7 +115,8 @@ def test_dropout_modules_are_refused(fabric: Fabric) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("tensor=2", "tensor=2 is not supported"), ("ulysses=3", "key/value heads cannot be split")]
+    ("text", "said"),
+    [("tensor=2", "tensor=2 is not supported"), ("ulysses=5", "ulysses=5 is more than the model's 4 query heads")],
 )
 def test_plans_that_do_not_fit_the_model(pool: Pool, text: str, said: str) -> None:
     """Catches a model left whole, or heads cut in pieces, under a plan that cannot hold for it."""
@@ -140,18 +147,24 @@ CALLS: dict[str, tuple[Call, str]] = {
         lambda model, inputs, shard: model(
             **inputs, attention_mask=(inputs["input_ids"] != inputs["input_ids"][0, 5]).long(), sequence=shard
         ),
-        "attention_mask with padding",
+        "attention_mask with padding; give it to the batch instead, as Batch.from_tokens(tokens, attention_mask=...)",
     ),
     "dense mask": (
         lambda model, inputs, shard: model(
             **inputs, attention_mask=torch.zeros(2, 1, TOKENS, TOKENS, dtype=torch.float64), sequence=shard
         ),
-        "mask",
+        "dense attention_mask of 4 dims; the mask comes with the sequence shard: write it as a rule on positions, "
+        "Batch(..., rule=Mask(allowed=...))",
     ),
-    "unknown option": (lambda model, inputs, shard: model(**inputs, sequence=shard, softcap=30.0), "softcap=30.0"),
-    "sinks": (lambda model, inputs, shard: model(**inputs, sequence=shard, s_aux=torch.zeros(4)), "s_aux"),
-    "not causal": (lambda model, inputs, shard: model(**inputs, sequence=shard, is_causal=False), "not causal"),
-    "window": (lambda model, inputs, shard: model(**inputs, sequence=shard, sliding_window=16), "window of 16"),
+    "unknown option": (lambda model, inputs, shard: model(**inputs, sequence=shard, temperature=0.7), "=0.7"),
+    "unknown tensor": (
+        lambda model, inputs, shard: model(**inputs, sequence=shard, head_mask=torch.zeros(4)),
+        "head_mask=a tensor [4]",
+    ),
+    "not causal": (
+        lambda model, inputs, shard: model(**inputs, sequence=shard, is_causal=False),
+        "not causal, but the batch's mask is; give the batch rule=Mask(causal=False)",
+    ),
     "dropout": (lambda model, inputs, shard: model(**inputs, sequence=shard, dropout_p=0.1), "dropout_p=0.1"),
     "weights of attention": (
         lambda model, inputs, shard: model(**inputs, sequence=shard, output_attentions=True),
@@ -186,7 +199,19 @@ def test_unknown_keywords(given: object) -> None:
     """Catches a refusal that depends on the type of the argument."""
     with pytest.raises(ModelError, match="Layer asks attention for novelty="):
         refuse_unknown("Layer", {"novelty": given})
-    refuse_unknown("Layer", {"novelty": None, "use_cache": True, "dropout": 0.0, "is_causal": True})
+    refuse_unknown("Layer", {"novelty": None, "use_cache": True, "dropout": 0.0, "past_key_values": object()})
+
+
+def test_a_model_that_is_not_causal(fabric: Fabric) -> None:
+    """Catches a bidirectional model trained causally; under a rule that is not causal either it is honoured."""
+    model = parallelize(build("gemma2"), fabric)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    local, shard = shard_batch(batch_of(1), fabric)
+    with pytest.raises(ModelError, match="Gemma2Attention asks for attention that is not causal"):
+        model(**local.inputs, sequence=shard)
+    local, shard = shard_batch(batch_of(1, rule=Mask(causal=False)), fabric)
+    model(**local.inputs, sequence=shard)
 
 
 def test_a_parameter_without_gradient(fabric: Fabric) -> None:

@@ -2,7 +2,7 @@
 
 import ast
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -18,11 +18,21 @@ NAMES = [field.name for field in fields(Plan)]
 
 def values(name: str) -> st.SearchStrategy[Any]:
     """Every value a field takes."""
-    choices = get_args(TYPES[name])
-    return st.sampled_from(choices) if choices else st.integers(1, 9)
+    if get_origin(TYPES[name]) is Literal:
+        return st.sampled_from(get_args(TYPES[name]))
+    return st.integers(1, 9)
 
 
-plans = st.builds(Plan, **{name: values(name) for name in NAMES})
+@st.composite
+def any_plan(draw: st.DrawFn) -> Plan:
+    """Every plan the constructor lets through."""
+    drawn = {name: draw(values(name)) for name in NAMES}
+    divisors = [degree for degree in range(1, drawn["ring"] + 1) if drawn["ring"] % degree == 0]
+    choices = st.none() | st.sampled_from(divisors)
+    return Plan(**{**drawn, "inner_ring": draw(choices) if drawn["exchange"] == "ring" else None})
+
+
+plans = any_plan()
 
 
 @given(plans)
@@ -73,22 +83,25 @@ def test_every_field_is_read_somewhere(name: str) -> None:
     [
         ("ring", "'ring' in the plan is not of the form name=value."),
         ("ring=", "'ring=' in the plan is not of the form name=value."),
-        ("=2", "A plan has no field ''; it has data, pipeline, ring, ulysses, tensor, exchange, layout."),
+        ("=2", "A plan has no field ''; it has data, pipeline, ring, ulysses, tensor, exchange, inner_ring, layout."),
         (
             "ulises=2",
             "A plan has no field 'ulises' (did you mean 'ulysses'?); "
-            "it has data, pipeline, ring, ulysses, tensor, exchange, layout.",
+            "it has data, pipeline, ring, ulysses, tensor, exchange, inner_ring, layout.",
         ),
-        ("zzz=2", "A plan has no field 'zzz'; it has data, pipeline, ring, ulysses, tensor, exchange, layout."),
-        ("ring=2 ring=2", "The plan names ring twice."),
+        (
+            "zzz=2",
+            "A plan has no field 'zzz'; it has data, pipeline, ring, ulysses, tensor, exchange, inner_ring, layout.",
+        ),
+        ("ring=2 ring=2", "The plan names ring twice; name it once."),
         ("ring=0", "ring=0 is not a whole number from 1 to 65,536."),
         ("ring=-2", "ring=-2 is not a whole number from 1 to 65,536."),
         ("ring=1.5", "ring=1.5 is not a whole number from 1 to 65,536."),
         ("ring=two", "ring=two is not a whole number from 1 to 65,536."),
         ("ring==2", "ring==2 is not a whole number from 1 to 65,536."),
-        ("layout=zig", "layout=zig is unknown; it is one of zigzag, contiguous, striped."),
-        ("layout=2", "layout=2 is unknown; it is one of zigzag, contiguous, striped."),
-        ("exchange=Ring", "exchange=Ring is unknown; it is one of ring, gather."),
+        ("layout=zig", "layout=zig is unknown; it is one of zigzag, contiguous, striped, balanced."),
+        ("layout=2", "layout=2 is unknown; it is one of zigzag, contiguous, striped, balanced."),
+        ("exchange=Ring", "exchange=Ring is unknown; it is one of ring, gather, needed, rsa."),
     ],
 )
 def test_bad_text_is_refused_by_name(text: str, message: str) -> None:
@@ -108,7 +121,19 @@ def test_every_bad_part_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"ring": 0}, {"ring": True}, {"ring": 2.0}, {"ring": "2"}, {"ulysses": None}, {"layout": "x"}]
+    "wrong",
+    [
+        {"ring": 0},
+        {"ring": True},
+        {"ring": 2.0},
+        {"ring": "2"},
+        {"ulysses": None},
+        {"layout": "x"},
+        {"inner_ring": 0},
+        {"inner_ring": "2"},
+        {"inner_ring": True},
+        {"exchange": None},
+    ],
 )
 def test_the_constructor_refuses_the_same(wrong: dict[str, Any]) -> None:
     """Catches a plan made in Python that text could not say: True for 1, 2.0 for 2."""
@@ -121,6 +146,32 @@ def test_the_constructor_names_every_wrong_field() -> None:
     with pytest.raises(PlanError) as caught:
         Plan(data=0, tensor=-1)
     assert len(caught.value.reasons) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ring=8 inner_ring=3", "inner_ring=3 does not divide ring=8; nearest to it do 2 and 4."),
+        ("ring=4 inner_ring=6", "inner_ring=6 does not divide ring=4; nearest to it do 4."),
+        ("inner_ring=2", "inner_ring=2 does not divide ring=1; nearest to it do 1."),
+        (
+            "ring=4 inner_ring=2 exchange=needed",
+            "inner_ring=2 cuts the ring of exchange=ring in two, and exchange=needed has none; "
+            "leave inner_ring out or use exchange=ring.",
+        ),
+    ],
+)
+def test_an_inner_ring_that_cannot_be(text: str, message: str) -> None:
+    """Catches an inner ring that leaves ranks over, and one accepted by an exchange that never looks at it."""
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text)
+    assert caught.value.reasons == (message,)
+
+
+def test_the_rings_of_a_plan() -> None:
+    """Catches outer and inner exchanged, and a plan without inner_ring taken for rings of one."""
+    rings = {None: (1, 6), 1: (6, 1), 2: (3, 2), 3: (2, 3), 6: (1, 6)}
+    assert {inner: Plan(ring=6, inner_ring=inner).rings for inner in rings} == rings
 
 
 def test_a_plan_of_impossible_size_is_refused_at_once() -> None:

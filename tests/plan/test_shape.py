@@ -1,15 +1,18 @@
 """Models read from their configuration's JSON, and the built-in shapes that grow to a plan."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from seqloom.errors import ModelError
-from seqloom.plan import FAMILIES, TINY_SHAPES, ModelShape, Plan, fit, read_config, reasons
+from seqloom.plan import FAMILIES, TINY_SHAPES, ModelShape, Plan, fit, read_config, reasons, shortest
 
 LLAMA = TINY_SHAPES["llama"]
 
@@ -18,9 +21,13 @@ LLAMA = TINY_SHAPES["llama"]
 def test_built_in_shapes_are_what_transformers_would_read(name: str) -> None:
     """Catches a built-in shape that is no valid model of its family, or that is refused."""
     shape = ModelShape.from_config(read_config(name))
-    assert (shape.family, shape.heads, shape.kv_heads, shape.head_dim) == (name, 4, 2, 8)
-    assert (shape.vocab, shape.hidden, shape.layers, shape.max_positions) == (96, 32, 2, 256)
-    assert (shape.window, shape.unsupported) == (None, ())
+    bloom = name == "bloom"
+    assert (shape.family, shape.heads, shape.kv_heads, shape.head_dim) == (name, 4, 4 if bloom else 2, 8)
+    assert (shape.vocab, shape.hidden, shape.layers, shape.max_positions) == (96, 32, 2, None if bloom else 256)
+    assert (shape.windows, shape.unsupported) == (
+        (24 if name in ("gemma2", "gemma3_text", "gpt_oss") else None, None),
+        (),
+    )
 
 
 def test_a_file_and_its_folder_read_the_same(tmp_path: Path) -> None:
@@ -39,7 +46,10 @@ def test_a_read_configuration_can_be_changed_without_changing_the_built_in_one()
 def test_no_such_model(tmp_path: Path) -> None:
     """Catches a path that does not exist, or a folder without config.json, met with a traceback."""
     for source in ("lama", str(tmp_path), str(tmp_path / "none.json")):
-        with pytest.raises(ModelError, match=r"There is no model .*llama, mistral, qwen2, qwen3, a config.json"):
+        with pytest.raises(
+            ModelError,
+            match=r"There is no model .*bloom, gemma2, gemma3_text, gpt_oss, llama, mistral, qwen2, qwen3, a config",
+        ):
             read_config(source)
 
 
@@ -89,11 +99,37 @@ def test_grouped_heads_and_head_width_have_defaults() -> None:
     [
         (
             {"model_type": "gpt2"},
-            "Model family 'gpt2' is not supported yet; supported are llama, mistral, qwen2, qwen3",
+            "Model family 'gpt2' is not supported yet; "
+            "supported are bloom, gemma2, gemma3_text, gpt_oss, llama, mistral, qwen2, qwen3.",
         ),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
-        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 asks for soft-capped attention scores"),
+        (
+            {"final_logit_softcapping": 30.0},
+            "final_logit_softcapping=30.0 asks for soft-capped logits, which only gemma2 and gemma3_text can have",
+        ),
+        (
+            {**TINY_SHAPES["gemma3_text"], "attn_logit_softcapping": 50.0},  # in its configuration, but never read
+            "attn_logit_softcapping=50.0 asks for soft-capped attention scores, which only gemma2 can have",
+        ),
+        (
+            {**TINY_SHAPES["gemma3_text"], "use_bidirectional_attention": True},
+            "use_bidirectional_attention=True asks for attention to both sides",
+        ),
+        (
+            {**TINY_SHAPES["gpt_oss"], "output_router_logits": True},
+            "output_router_logits=True asks for a loss that balances experts",
+        ),
+        (
+            {
+                **TINY_SHAPES["gemma3_text"],
+                "rope_parameters": {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {}},
+            },
+            "rope type 'dynamic'",
+        ),
+        (
+            {**TINY_SHAPES["bloom"], "hidden_dropout": 0.1},
+            "hidden_dropout=0.1 would depend on how the sequence is split",
+        ),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope'"),
@@ -110,7 +146,9 @@ def test_what_no_plan_honours_is_refused_by_name(changes: dict[str, Any], named:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attn_logit_softcapping": None, "attention_dropout": 0.0},
+        {"attn_logit_softcapping": None, "attention_dropout": 0.1},  # which attention draws from positions
+        {**TINY_SHAPES["bloom"], "attention_dropout": 0.1, "hidden_dropout": 0.0},
+        {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         {"rope_scaling": None},
@@ -121,45 +159,118 @@ def test_what_is_off_is_not_refused(changes: dict[str, Any]) -> None:
     assert ModelShape.from_config({**LLAMA, **changes}).unsupported == ()
 
 
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
 @pytest.mark.parametrize(
-    ("changes", "window"),
+    ("family", "changes", "windows"),
     [
-        ({"model_type": "mistral", "sliding_window": 128}, 128),
-        ({"model_type": "mistral", "sliding_window": None}, None),
-        ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}, None),
-        ({"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": True}, 128),
-        ({"model_type": "qwen3", "sliding_window": 128, "layer_types": ["full_attention"] * 2}, None),
+        ("llama", {"sliding_window": 128}, [None] * 4),
+        ("mistral", {}, [4096] * 4),
+        ("mistral", {"sliding_window": 128}, [128] * 4),
+        ("mistral", {"sliding_window": 128, "use_sliding_window": False}, [128] * 4),
+        ("mistral", {"sliding_window": 128, "layer_types": [FULL] * 4}, [128] * 4),
+        ("mistral", {"sliding_window": None}, [None] * 4),
+        ("qwen2", {"sliding_window": 128}, [None] * 4),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": False}, [None] * 4),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": True}, [None] * 4),
+        ("qwen2", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 1}, [None, 128, 128, 128]),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, [4096] * 4),
+        ("qwen3", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 3}, [None] * 3 + [128]),
+        ("qwen3", {"sliding_window": 128, "layer_types": [SLIDING] * 4}, [None] * 4),
         (
-            {
-                "model_type": "qwen3",
-                "sliding_window": 128,
-                "use_sliding_window": True,
-                "layer_types": ["full_attention", "sliding_attention"],
-            },
-            128,
+            "qwen3",
+            {"sliding_window": 128, "use_sliding_window": True, "layer_types": [FULL, SLIDING, FULL, SLIDING]},
+            [None, 128, None, 128],
         ),
+        (
+            "qwen3",
+            {"sliding_window": None, "use_sliding_window": True, "layer_types": [FULL, SLIDING, FULL, SLIDING]},
+            [None] * 4,
+        ),
+        ("gemma3_text", {"sliding_window_pattern": 3}, [4096, 4096, None, 4096]),
+        ("gemma3_text", {"sliding_window": 128}, [128] * 4),
+        ("gpt_oss", {}, [128, None, 128, None]),
+        ("gpt_oss", {"sliding_window": 16, "layer_types": [FULL, FULL, FULL, SLIDING]}, [None, None, None, 16]),
+        ("gemma2", {}, [4096, None, 4096, None]),
+        ("gemma2", {"sliding_window": 128}, [128, None, 128, None]),
+        ("gemma2", {"sliding_window": 128, "layer_types": [FULL, FULL, FULL, SLIDING]}, [None, None, None, 128]),
+        ("bloom", {"sliding_window": 128}, [None] * 4),
     ],
 )
-def test_the_window_is_read_as_the_family_means_it(changes: dict[str, Any], window: int | None) -> None:
-    """Catches a window dropped, and one taken from a key that the family does not use."""
-    shape = ModelShape.from_config({**LLAMA, **changes})
-    assert shape.window == window
-    assert bool(reasons(Plan(), shape, 256)) == (window is not None)
-    assert reasons(Plan(), shape, 128) == []
+def test_windows_are_those_that_transformers_gives_each_layer(
+    family: str, changes: dict[str, Any], windows: list[int | None]
+) -> None:
+    """Catches a window dropped, put on the wrong layers, or taken from a key that the family does not use."""
+    config = {**TINY_SHAPES[family], "num_hidden_layers": 4, "n_layer": 4}
+    for key in ("sliding_window", "sliding_window_pattern"):
+        config.pop(key, None)
+    config |= changes
+    assert ModelShape.from_config(config).windows == tuple(windows)
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(config)))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(theirs)
+    layers = [module for name, module in model.named_modules() if name.endswith(("self_attn", "self_attention"))]
+    # Mistral's layers read the configuration when they are called.
+    read = [
+        getattr(layer, "sliding_window", theirs.sliding_window if family == "mistral" else None) for layer in layers
+    ]
+    assert read == windows
 
 
-@given(st.sampled_from(FAMILIES), st.integers(1, 9), st.integers(1, 4), st.integers(1, 2000))
-def test_a_grown_shape_fits_its_plan(name: str, ulysses: int, ring: int, times: int) -> None:
-    """Catches a built-in shape that does not grow far enough, or whose parts disagree."""
+def test_the_sizes_are_those_that_transformers_reads() -> None:
+    """Catches BLOOM's own names for its sizes misread, and defaults that are not the family's."""
+    for family, sizes in itertools.product(FAMILIES, ({}, {"num_attention_heads": 2, "num_hidden_layers": 3})):
+        config = {**TINY_SHAPES[family], **sizes}
+        for key in ("num_key_value_heads", "head_dim") if sizes else ():
+            config.pop(key, None)
+        config |= {"num_key_value_heads": 2} if family not in ("llama", "bloom") and sizes else {}
+        theirs, ours = AutoConfig.for_model(**config), ModelShape.from_config(config)
+        assert (ours.layers, ours.heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
+        assert (ours.hidden, ours.vocab) == (theirs.hidden_size, theirs.vocab_size)
+        assert ours.kv_heads == getattr(theirs, "num_key_value_heads", ours.heads)
+        assert ours.head_dim == getattr(theirs, "head_dim", None) or ours.hidden // ours.heads
+        assert ours.max_positions == getattr(theirs, "max_position_embeddings", None)
+
+
+def test_bloom_by_its_older_name_for_hidden() -> None:
+    """Catches n_embed ignored, as configurations of the first BLOOMs spell it, and sizes it lacks asked for."""
+    config = {key: value for key, value in TINY_SHAPES["bloom"].items() if key != "hidden_size"} | {"n_embed": 64}
+    shape = ModelShape.from_config(config | {"num_key_value_heads": 2, "seq_length": 2048})
+    assert (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.max_positions) == (64, 4, 4, 16, None)
+    with pytest.raises(ModelError, match="lacks hidden_size; give"):
+        ModelShape.from_config({key: value for key, value in config.items() if key != "n_embed"})
+
+
+@pytest.mark.parametrize("types", [[FULL], [FULL, "chunked_attention"], SLIDING, {}, [FULL, 2], []])
+def test_layer_types_that_cannot_be(types: Any) -> None:
+    """Catches kinds of layers for other layers than there are, and kinds that nothing honours."""
+    with pytest.raises(ModelError, match=r"layer_types is .*; it must name one of 'full_attention' and 'sliding_att"):
+        ModelShape.from_config({**TINY_SHAPES["gemma2"], "layer_types": types})
+    with pytest.raises(ModelError, match="max_window_layers is '1', not a whole number"):
+        ModelShape.from_config({**TINY_SHAPES["qwen2"], "max_window_layers": "1"})
+    with pytest.raises(ModelError, match="sliding_window_pattern is 0, not a whole number"):
+        ModelShape.from_config({**TINY_SHAPES["gemma3_text"], "sliding_window_pattern": 0})
+
+
+def test_a_window_is_no_reason_against_any_length() -> None:
+    """Catches the refusal of sequences longer than the window, from when windows were not honoured."""
+    shape = ModelShape.from_config({**TINY_SHAPES["mistral"], "sliding_window": 16})
+    assert reasons(Plan(ring=2), shape, 256) == []
+
+
+@given(st.sampled_from(FAMILIES), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2000))
+def test_a_grown_shape_fits_its_plan(name: str, ulysses: int, ring: int, more: int) -> None:
+    """Catches a built-in shape that does not grow far enough, one that grows without need, and parts that disagree."""
     plan = Plan(ring=ring, ulysses=ulysses)
-    num_tokens = 2 * ring * ulysses * times
-    config = fit(read_config(name), plan, num_tokens)
-    shape = ModelShape.from_config(config)
+    num_tokens = shortest(plan) + more
+    shape = ModelShape.from_config(fit(read_config(name), plan, num_tokens))
     assert reasons(plan, shape, num_tokens) == []
-    assert (shape.heads, shape.head_dim) == (2 * shape.kv_heads, 8)
+    group = 1 if name == "bloom" else 2
+    assert (shape.heads, shape.head_dim) == (group * shape.kv_heads, 8)
     assert shape.hidden == shape.heads * shape.head_dim
-    assert shape.max_positions == max(256, num_tokens)
-    assert shape.kv_heads in (ulysses, 2 * ulysses)  # no further than needed
+    assert shape.max_positions == (None if name == "bloom" else max(256, num_tokens))
+    assert shape.heads == max(4, -(-ulysses // group) * group)
 
 
 def test_a_shape_that_fits_stays_as_it_is() -> None:
@@ -167,10 +278,24 @@ def test_a_shape_that_fits_stays_as_it_is() -> None:
     assert fit(LLAMA, Plan(ring=4, ulysses=2), 64) == LLAMA
 
 
+def test_bloom_shaped_by_hand() -> None:
+    """Catches key/value heads accepted by a family that has none of its own, and ignored."""
+    bloom = TINY_SHAPES["bloom"]
+    assert fit(bloom, Plan(ring=4), 64, heads=6, kv_heads=6, layers=3) == bloom | {
+        "n_head": 6,
+        "hidden_size": 48,
+        "n_layer": 3,
+    }
+    for counts in ({"heads": 6, "kv_heads": 2}, {"kv_heads": 2}):
+        with pytest.raises(ModelError, match="bloom has a key/value head for each query head, so it cannot have 2"):
+            fit(bloom, Plan(), 64, **counts)
+
+
 def test_layers_grow_to_the_stages() -> None:
     """Catches a pipeline stage without a layer."""
     assert fit(LLAMA, Plan(pipeline=5), 64)["num_hidden_layers"] == 5
     assert fit(LLAMA, Plan(pipeline=5), 64, layers=3)["num_hidden_layers"] == 3
+    assert fit(TINY_SHAPES["bloom"], Plan(pipeline=5), 64)["n_layer"] == 5
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from seqloom.geometry import Mask
 from seqloom.plan import ModelShape, Plan
 from seqloom.planner import all_reduce_bytes, attention_bytes
 
@@ -54,7 +55,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
         split,
         ModelShape.from_config(config),
         ran.num_tokens,
-        rows=ran.batch // split.data,
+        masks=(Mask(),) * (ran.batch // split.data),
         item_bytes=item,
         accumulate_bytes=max(item, 4),
     )

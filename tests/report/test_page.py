@@ -176,6 +176,22 @@ def test_recomputation_doubles_the_forward_bytes(make_run: Any) -> None:
     assert after == {"ring": 8 * 2**20, "ulysses": 9 * 2**20, "replicas": 6_079_488}
 
 
+def test_a_double_ring_is_two_axes(make_run: Any) -> None:
+    """Catches bytes between nodes added to those inside them, or left out."""
+    rows = {row.axis: row for row in traffic(read_folder(make_run(plan="ring=8 inner_ring=4")))}
+    assert [(rows[axis].degree, rows[axis].difference) for axis in ("outer_ring", "inner_ring")] == [(2, 0), (4, 0)]
+    assert rows["outer_ring"].formula * 6 == rows["inner_ring"].formula > 0 and "ring" not in rows
+
+
+@pytest.mark.parametrize("plan", ["ring=4 exchange=needed", "ring=2 ulysses=2 layout=balanced"])
+def test_bytes_that_depend_on_documents_are_not_predicted(make_run: Any, plan: str) -> None:
+    """Catches bytes of one batch held against those of another with other documents."""
+    folder = make_run(plan=plan)
+    rows = {row.axis: row for row in traffic(read_folder(folder))}
+    assert rows["ring"].formula is None and rows["ring"].measured > 0 and rows["replicas"].formula
+    assert "not predicted" in _words(folder)
+
+
 def test_an_axis_without_a_formula_is_listed(make_run: Any) -> None:
     """Catches traffic on an axis nobody predicted that the page leaves out."""
     folder = make_run(steps=1)

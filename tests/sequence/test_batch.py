@@ -1,9 +1,12 @@
 """Batches: labels, positions and documents."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from seqloom.errors import DataError
+from seqloom.geometry import Mask
 from seqloom.sequence import NO_LABEL, Batch
 
 X = NO_LABEL
@@ -101,3 +104,59 @@ def test_tokens_are_rows_of_int64(tokens: torch.Tensor) -> None:
     """Catches one sequence without its row, or ids of another type, that fail far from here."""
     with pytest.raises(DataError, match=r"give \[rows, num_tokens\] in torch.int64"):
         Batch(tokens, tokens)
+
+
+def test_padding_of_an_attention_mask() -> None:
+    """Catches padding with labels, positions that count it, and a pad token that a document sees."""
+    given = tokens([5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 9, 1], [5, 6, 7, 8, 9, 1])
+    kept = tokens([0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0])
+    batch = Batch.from_tokens(given, attention_mask=kept)
+    assert batch.documents == ((2, 4), (4, 2), (6,))
+    assert batch.padding == ((0,), (1,), (0,))
+    assert batch.labels.tolist() == [
+        [-100, -100, 8, 9, 1, -100],
+        [6, 7, 8, -100, -100, -100],
+        [-100] * 6,
+    ]
+    assert batch.positions()[0].tolist() == [0, 1, 0, 1, 2, 3]
+    assert not batch.mask(0).visible(3, 1) and not batch.mask(0).visible(1, 0) and batch.mask(0).visible(3, 2)
+    assert not batch.mask(1).visible(4, 4)
+
+
+def test_padding_inside_packed_documents() -> None:
+    """Catches padding looked for at the ends of the row only."""
+    batch = Batch.from_tokens(
+        tokens([1, 2, 3, 4, 5, 6, 7]), [[3, 4]], attention_mask=tokens([1, 1, 0, 0, 1, 1, 1]), rule=Mask(window=2)
+    )
+    assert batch.documents == ((2, 1, 1, 3),)
+    assert batch.padding == ((1, 2),)
+    assert batch.mask(0) == Mask(window=2, documents=(2, 1, 1, 3), padding=(1, 2))
+    assert batch.labels.tolist() == [[2, -100, -100, -100, 6, 7, -100]]
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        ([[1, 0, 1, 1]], "in the midst of a document"),
+        ([[1, 1, 1]], r"is \[1, 3\], but the tokens are \[1, 4\]"),
+    ],
+)
+def test_masks_that_are_no_padding(kept: list[list[int]], said: str) -> None:
+    """Catches a hole closed in silence, and a dense mask read as one row."""
+    with pytest.raises(DataError, match=said):
+        Batch.from_tokens(tokens([1, 2, 3, 4]), attention_mask=torch.tensor(kept))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rule": Mask(documents=(4,))}, "holds for every row"),
+        ({"padding": ((0,),)}, "named by document"),
+        ({"documents": ((4,),), "padding": ((0,), (0,))}, "for 2 rows"),
+    ],
+)
+def test_rules_that_do_not_fit(fields: dict[str, Any], said: str) -> None:
+    """Catches documents said twice, and padding without the documents it numbers."""
+    given = tokens([1, 2, 3, 4])
+    with pytest.raises(DataError, match=said):
+        Batch(given, given, **fields)

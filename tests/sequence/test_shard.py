@@ -9,7 +9,8 @@ from torch import Tensor
 from pool import Pool
 from seqloom.errors import PlanError, SeqloomError
 from seqloom.fabric import Fabric
-from seqloom.plan import Plan, granularity
+from seqloom.geometry import Mask
+from seqloom.plan import Plan, shortest
 from seqloom.sequence import NO_LABEL, Batch, shard_batch
 
 Documents = list[list[int]] | None
@@ -23,12 +24,14 @@ SPLITS = [
     "data=2 ring=4",
     "ring=2 ulysses=4",
 ]
-TEXTS = [f"{text} layout={layout}" for text, layout in product(SPLITS, ("zigzag", "contiguous", "striped"))]
+LAYOUTS = ("zigzag", "contiguous", "striped", "balanced")
+TEXTS = [f"{text} layout={layout}" for text, layout in product(SPLITS, LAYOUTS)]
 
 
 def batch_for(plan: Plan) -> Batch:
-    """Two rows a data rank; every token tells its row and place, every row has its own documents."""
-    rows, length = 2 * plan.data, 3 * granularity(plan) + (granularity(plan) == 1)
+    """Two rows a data rank, of a length that nothing divides; every token tells its row and place, and every row has
+    its own documents."""
+    rows, length = 2 * plan.data, 3 * shortest(plan) + 1
     tokens = torch.arange(rows * length).view(rows, length) + 1000
     return Batch.from_tokens(
         tokens, [[row + 1, length - row - 1 - 1, 1] if length > row + 2 else [length] for row in range(rows)]
@@ -61,7 +64,7 @@ def test_parts_make_the_batch(pool: Pool, text: str) -> None:
     for data_rank, parts, label_count, held, masks in pool.run(plan.world_size, take, text):
         first = data_rank * 2
         assert label_count == batch.label_count > 0 and masks == 2
-        assert len(held) == batch.num_tokens // (plan.ring * plan.ulysses)
+        assert held
         for part, whole in zip(parts, columns, strict=True):
             assert torch.equal(part, whole[first : first + 2, held])
             assert part.is_contiguous() and part.dtype == torch.int64
@@ -81,7 +84,9 @@ def differing(what: str) -> None:
             labels[0, 3] = NO_LABEL
         if what == "documents":
             documents = [[4, 8]]
-    shard_batch(Batch(tokens, labels, tuple(map(tuple, documents))), fabric)
+    fields = {"rule": {"rule": Mask(window=3)}, "seed": {"seed": 1}, "first row": {"first_row": 1}}
+    given = fields.get(what, {}) if fabric.rank == 1 else {}
+    shard_batch(Batch(tokens, labels, tuple(map(tuple, documents)), **given), fabric)
 
 
 def differing_seen(what: str) -> str:
@@ -92,7 +97,7 @@ def differing_seen(what: str) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize("what", ["tokens", "labels", "documents"])
+@pytest.mark.parametrize("what", ["tokens", "labels", "documents", "rule", "seed", "first row"])
 def test_ranks_with_different_batches(pool: Pool, what: str) -> None:
     """Catches sequences mixed in attention because one rank's data order differs; every rank must hear of it."""
     said = pool.run(3, differing_seen, what)
@@ -131,13 +136,13 @@ def shard_rows(text: str, rows: int, length: int) -> None:
 def test_what_does_not_split(pool: Pool) -> None:
     """Catches a token or a row dropped to make a batch fit, and a second reason that shows only after the first."""
     with pytest.raises(PlanError) as caught:
-        pool.run(4, shard_rows, "data=2 ring=2", 3, 30)
+        pool.run(4, shard_rows, "data=2 ring=2", 3, 3)
     tokens, rows = caught.value.reasons
-    assert "30 tokens" in tokens and "ring=2" in tokens and "28 or 32" in tokens
+    assert "3 tokens" in tokens and "ring=2" in tokens and "the shortest sequence has 4" in tokens
     assert "3 sequences" in rows and "data=2" in rows
     with pytest.raises(PlanError) as caught:
-        pool.run(3, shard_rows, "ulysses=3", 1, 32)
-    assert "33" in str(caught.value) and len(caught.value.reasons) == 1
+        pool.run(3, shard_rows, "ulysses=3", 1, 2)
+    assert "the shortest sequence has 3" in str(caught.value) and len(caught.value.reasons) == 1
 
 
 def test_an_empty_batch_is_refused(pool: Pool) -> None:

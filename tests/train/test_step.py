@@ -184,3 +184,29 @@ def test_an_unknown_precision_is_refused() -> None:
     """Catches 'bfloat16' read as float32 in silence."""
     with pytest.raises(ConfigError, match="float32, float64, bf16"):
         computing("bfloat16", torch.device("cpu"))
+
+
+def dropping(plan: Plan, accumulate: int, p: float, first_row: int = 0) -> tuple[float, Tensor]:
+    """Loss and all gradients with attention dropout p, the rows of the batch in micro-batches."""
+    with Float64Islands():
+        fabric = Fabric.build(plan)
+        settings = {**read_config("llama"), "attention_dropout": p}
+        model = parallelize(build_model(settings, dtype=torch.float64, seed=3), fabric)
+        pieces = cut(whole_batch(), accumulate)
+        rows = len(pieces[0].tokens)
+        batches = [replace(piece, first_row=first_row + i * rows, seed=9) for i, piece in enumerate(pieces)]
+        report = compute_gradients(model, batches, fabric, precision="float64", chunk_tokens=64)
+    return report.loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_dropout_does_not_depend_on_the_plan(pool: Pool) -> None:
+    """Catches coins drawn by rank, by micro-batch or by tile: another plan would train on other dropped weights."""
+    loss, gradient = pool.run(1, dropping, Plan(), 1, 0.3)[0]
+    for text, accumulate in [("ring=2", 1), ("data=2", 3), ("ring=2 ulysses=2", 2), ("ulysses=3", 1)]:
+        plan = Plan.parse(text)
+        for found, its_gradient in pool.run(plan.world_size, dropping, plan, accumulate, 0.3):
+            assert found == pytest.approx(loss, rel=1e-10)
+            assert (its_gradient - gradient).norm() / gradient.norm() < 1e-9, text
+    without, other = pool.run(1, dropping, Plan(), 1, 0.0)[0], pool.run(1, dropping, Plan(), 1, 0.3, 12)[0]
+    for elsewhere in (without, other):  # dropout does something, and another step drops other weights
+        assert (elsewhere[1] - gradient).norm() / gradient.norm() > 1e-3

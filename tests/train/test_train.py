@@ -126,7 +126,7 @@ def test_recomputation_changes_nothing(pool: Pool, finished: Finished, tmp_path:
     ("overrides", "error", "says"),
     [
         (["data.sequence_length=512"], PlanError, "longer than the model's 256 positions"),
-        (["plan=ulysses=3"], PlanError, "heads cannot be split over ulysses=3"),
+        (["plan=ulysses=5"], PlanError, "ulysses=5 is more than the model's 4 query heads"),
         (["plan=data=4"], ConfigError, "leaves 2 sequences for data=4"),
         (["data.files=[nothing/*.txt]"], DataError, "No file matches 'nothing/*.txt'"),
     ],

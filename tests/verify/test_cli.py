@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from pool import Pool
 from seqloom.cli import main as cli
-from seqloom.verify import Case, Verdict
+from seqloom.geometry import Mask
+from seqloom.plan import TINY_SHAPES
+from seqloom.verify import Case, Parting, Verdict, verify_here
 
 KEYS = {
     "plan",
@@ -21,7 +24,7 @@ KEYS = {
     "worst_parameter",
     "equal",
 }
-EXTRAS = {"steps", "tolerance", "parameter_error", "parameters", "num_tokens"}
+EXTRAS = {"steps", "tolerance", "parameter_error", "parameters", "num_tokens", "mask", "parting", "dropouts_off"}
 
 
 def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -53,8 +56,25 @@ def test_json_of_a_real_run() -> None:
     assert set(verdict) == KEYS | EXTRAS
     assert verdict["plan"] == "ring=2 layout=striped" and verdict["world_size"] == 2 and verdict["dtype"] == "float64"
     assert verdict["equal"] is True and verdict["num_tokens"] == 16
+    assert verdict["mask"] == "causal, 3 documents" and verdict["parting"] is None and verdict["dropouts_off"] == []
     assert 0 <= max(verdict["loss_error"], verdict["gradient_norm_error"], verdict["worst_gradient_error"]) <= 1e-9
     assert verdict["worst_parameter"].startswith(("model.", "lm_head."))
+
+
+def test_a_run_of_a_configuration_that_drops_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pool: Pool, tmp_path: Path
+) -> None:
+    """Catches masks or families that work in Python alone, and dropout that is switched off without a word."""
+    monkeypatch.setattr("seqloom.verify.verify", lambda case: pool.run(case.plan.world_size, verify_here, case)[0])
+    (tmp_path / "config.json").write_text(json.dumps({**TINY_SHAPES["gemma2"], "attention_dropout": 0.1}))
+    flags = ["--full", "--window", "12", "--prefix", "3", "--documents", "20,33", "--plan"]
+    assert call(monkeypatch, "verify", "--model", str(tmp_path), *flags, "ring=2 exchange=needed layout=balanced") == 0
+    first, *_, last = capsys.readouterr().out.rstrip().splitlines()
+    assert "53 tokens, full, window 12, prefix 3, 2 documents, float64: equals one device" in first
+    assert last == "Dropout was off on both sides; the model has attention_dropout=0.1."
+
+
+PLACE = Parting(where="activation", module="model.norm", rank=1, row=0, position=7, error=0.5)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, error: float) -> list[Case]:
@@ -74,6 +94,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, error: float) -> list[Case]:
             worst_gradient_error=error,
             worst_parameter="lm_head.weight",
             parameter_error=0.0,
+            parting=PLACE if error > 0 else None,
         )
 
     monkeypatch.setattr("seqloom.verify.verify", answer)
@@ -90,10 +111,14 @@ def test_status_of_the_verdict(
     assert call(monkeypatch, "verify", "--model", "llama", "--plan", "ring=2", *form) == status
     said = capsys.readouterr().out
     if form:
-        assert json.loads(said)["equal"] is (status == 0)
+        values = json.loads(said)
+        assert values["equal"] is (status == 0)
+        assert values["parting"] is None or (values["parting"]["rank"], values["parting"]["position"]) == (1, 7)
+        assert (values["parting"] is None) == (not error > 0)
     else:
         assert ("equals one device" in said, "DIFFERS FROM one device" in said) == (status == 0, status == 1)
         assert said.count("OVER") == status
+        assert said.rstrip().endswith(f"{PLACE}") == (error > 0)
 
 
 def test_options_reach_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,18 +133,28 @@ def test_options_reach_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     config = case.config
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["num_hidden_layers"]) == (6, 3, 3)
     assert config["hidden_size"] == 6 * config["head_dim"] and config["max_position_embeddings"] >= 96
+    assert case.rule == Mask()
     assert call(monkeypatch, "verify", "--model", "llama", "--plan", "ulysses=8 data=2", "--batch", "3") == 0
-    assert asked[1].config["num_key_value_heads"] % 8 == 0 and len(asked[1].batches()[0][0].tokens) == 6
+    assert asked[1].config["num_attention_heads"] >= 8 and len(asked[1].batches()[0][0].tokens) == 6
     assert call(monkeypatch, "verify", "--model", "llama", "--plan", "ring=5", "--documents", "3, 7,10") == 0
     assert asked[2].num_tokens == 20
+    line = "verify --model bloom --plan ring=64 --full --window 5 --prefix 2 --heads 7"
+    assert call(monkeypatch, *line.split()) == 0
+    assert asked[3].rule == Mask(causal=False, window=5, prefix=2) and asked[3].config["n_head"] == 7
+    assert asked[3].num_tokens == 128  # the shortest that gives each rank of a zigzag its two chunks
 
 
 REFUSED = {
-    "--model llama --plan ring=2 --seq-len 63": ["63 tokens", "ring=2", "60 or 64"],
+    "--model llama --plan ring=2 --seq-len 1": ["1 tokens are too few", "ring=2"],
     "--model llama --plan ring=x": ["ring=x is not a whole number"],
     "--model llama --plan rnig=2": ["'rnig'", "did you mean 'ring'"],
-    "--model lama --plan ring=2": ["no model 'lama'", "llama, mistral, qwen2, qwen3"],
-    "--model llama --plan ulysses=8 --heads 12": ["12", "ulysses=8", "Try"],
+    "--model lama --plan ring=2": ["no model 'lama'", "bloom, gemma2, gemma3_text, gpt_oss, llama"],
+    "--model llama --plan ulysses=16 --heads 12": ["12", "ulysses=16", "Try"],
+    "--model llama --plan ring=2 --window 0": ["window of 0"],
+    "--model llama --plan ring=2 --prefix -1": ["prefix of -1"],
+    "--model llama --plan ring=3,inner_ring=2": ["inner_ring=2 does not divide ring=3"],
+    "--model llama --plan ring=2,exchange=gather,inner_ring=2": ["inner_ring=2", "exchange=ring"],
+    "--model bloom --plan ring=2 --kv-heads 2": ["bloom", "key/value head"],
     "--model llama --plan tensor=2": ["tensor=2 is not supported yet"],
     "--model llama --plan ring=2 --documents 3,x": ["3,x", "60,7,61"],
     "--model llama --plan ring=2 --documents 3,4 --seq-len 8": ["(3, 4) sum to 7", "8 tokens"],
@@ -127,7 +162,7 @@ REFUSED = {
     "--model llama --plan ring=2 --steps 0": ["steps is 0"],
     "--model {folder} --plan ring=2": ["no model"],
     "--model {folder}/broken.json --plan ring=2": ["broken.json", "JSON"],
-    "--model {folder}/bloom.json --plan ring=2": ["bloom"],
+    "--model {folder}/falcon.json --plan ring=2": ["falcon"],
 }
 
 
@@ -139,8 +174,8 @@ def test_refusals(
     monkeypatch.setattr("seqloom.fabric.launch.run_local", None)
     monkeypatch.setattr(sys.modules["seqloom.verify.verify"], "run_local", None)
     (tmp_path / "broken.json").write_text("{")
-    settings = {"model_type": "bloom", "vocab_size": 64, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-    (tmp_path / "bloom.json").write_text(json.dumps(settings))
+    settings = {"model_type": "falcon", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
+    (tmp_path / "falcon.json").write_text(json.dumps(settings))
     arguments = [part.replace("{folder}", str(tmp_path)) for part in line.split()]
     assert call(monkeypatch, "verify", *arguments, "--json") == 2
     out, said = capsys.readouterr()
@@ -152,7 +187,7 @@ def test_refusals(
 
 def test_a_traceback_only_when_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches --debug that shows nothing more, and a traceback without it."""
-    arguments = ["verify", "--model", "llama", "--plan", "ring=2", "--seq-len", "63"]
+    arguments = ["verify", "--model", "llama", "--plan", "ring=2", "--seq-len", "1"]
     assert call(monkeypatch, *arguments) == 2
     assert "Traceback" not in capsys.readouterr().err
     assert call(monkeypatch, "--debug", *arguments) == 2

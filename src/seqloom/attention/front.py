@@ -1,53 +1,104 @@
-"""The one way into attention: Ulysses outside, ring or gather inside, either of degree 1."""
-
-from typing import Any
+"""The one way into attention: Ulysses outside, an exchange over the ring inside, either of degree 1."""
 
 import torch
 from torch import Tensor
 
-from seqloom.attention.gather import GatherAttention
-from seqloom.attention.ring import RingAttention
+from seqloom.attention.blocks import BlockAttention, Exchange
+from seqloom.attention.dropout import keys as dropout_keys
+from seqloom.attention.fetch import GATHER, NEEDED
+from seqloom.attention.local import Scoring
+from seqloom.attention.ring import RING
+from seqloom.attention.rsa import RingSelfAttention
 from seqloom.attention.ulysses import to_heads, to_tokens
 from seqloom.errors import DataError
-from seqloom.geometry import total
+from seqloom.geometry import HeadSplit, total
 from seqloom.sequence import SequenceShard
 
-EXCHANGES: dict[str, Any] = {"ring": RingAttention, "gather": GatherAttention}
+EXCHANGES: dict[str, Exchange] = {"ring": RING, "gather": GATHER, "needed": NEEDED}
+"""By `Plan.exchange`; `rsa` holds scores rather than blocks and stands beside them."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, *, scale: float | None = None) -> Tensor:
-    """Exact attention of this rank's tokens on the whole sequence, under the sequence's mask.
+def attention(  # noqa: PLR0913
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: SequenceShard,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+    layer: int = 0,
+) -> Tensor:
+    """Exact attention of this rank's tokens on the whole sequence, under the sequence's masks.
 
-    q: [rows, Hq, local_tokens, D]; k, v: [rows, Hk, local_tokens, D], Hk dividing Hq; they hold the
-    tokens of `sequence.spans`, in order. scale: of the scores, D ** -0.5 by default. Returns out
-    like q. Every rank of the ring and Ulysses axes calls it together. Raises DataError for tensors
-    that are not what the sequence holds: their slices would clip without a word.
+    q: [rows, Hq, local_tokens, Dk]; k: [rows, Hk, local_tokens, Dk]; v: [rows, Hk, local_tokens, Dv],
+    Hk dividing Hq; they hold the tokens of `sequence.spans`, in order. Returns [rows, Hq, local_tokens, Dv].
+
+    scale: of the scores, Dk ** -0.5 by default. window: the layer's own, on top of the masks'.
+    softcap: scores become cap tanh(score / cap) (Gemma 2, arXiv 2408.00118). slopes [Hq]: ALiBi, added
+    is slope (k - q) of the positions (arXiv 2108.12409). sinks [Hq]: scores of a key without a value
+    that every query sees (gpt-oss). dropout: probability that a weight is dropped, drawn for each
+    (sample, layer, head, query, key) whatever the plan; layer: the number of this layer, for it.
+
+    Every rank of the ring and Ulysses axes calls it together. Raises DataError for tensors that are
+    not what the sequence holds: their slices would clip without a word.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         # As torch does for its own attention; rotary angles leave q and k in float32 but v in the lower type.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    _check(q, k, v, sequence)
+    _check(q, k, v, sequence, dropout)
     # Fused kernels read the last dim as if it were laid out in memory.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    ulysses = sequence.ulysses
+    split = HeadSplit(q.shape[1], k.shape[1], ulysses.size)
+    heads = split.queries(ulysses.rank)
+    here = slice(heads.start, heads.stop)
+    reads = split.reads(ulysses.rank)
+    scoring = Scoring(
+        scale=scale,
+        softcap=softcap,
+        slopes=None if slopes is None else slopes[here],
+        dropout=dropout,
+        dropout_keys=_dropout_keys(sequence, layer, range(*heads), q.device) if dropout else None,
+        reads=None if reads is None else torch.tensor(reads, device=q.device),
+    )
     with torch.autocast(device, enabled=False):
-        q, k, v = to_heads(q, k, v, sequence.ulysses)
-        out = EXCHANGES[sequence.exchange].apply(q, k, v, sequence, scale)
-        return to_tokens(out, sequence.ulysses)
+        q, k, v = to_heads(q, k, v, split, sequence.group_tokens, ulysses)
+        given = (q, k, v, None if sinks is None else sinks[here], sequence, window, scoring)
+        if sequence.exchange == "rsa":
+            out = RingSelfAttention.apply(*given)
+        else:
+            out = BlockAttention.apply(*given, EXCHANGES[sequence.exchange])
+        return to_tokens(out, split, sequence.group_tokens, ulysses)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard) -> None:
-    held = (len(sequence.masks), total(sequence.spans), q.shape[3], q.dtype)
+def _dropout_keys(sequence: SequenceShard, layer: int, heads: range, device: torch.device) -> Tensor:
+    samples = range(sequence.first_row, sequence.first_row + len(sequence.masks))
+    return dropout_keys(sequence.seed, samples, layer, heads, device)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, dropout: float) -> None:
+    held = (len(sequence.masks), total(sequence.spans), q.dtype)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if (x.shape[0], x.shape[2], x.shape[3], x.dtype) != held:
+        if (x.shape[0], x.shape[2], x.dtype) != held:
             raise DataError(
                 f"{name} is {list(x.shape)} in {x.dtype}, but the sequence shard holds {held[0]} rows of {held[1]} "
-                f"tokens and q has width {held[2]} in {held[3]}; pass tensors of the batch that came with the shard."
+                f"tokens and q is in {held[2]}; pass tensors of the batch that came with the shard."
             )
     heads, kv_heads, degree = q.shape[1], k.shape[1], sequence.ulysses.size
-    if v.shape[1] != kv_heads or heads % kv_heads or heads % degree or kv_heads % degree:
+    if k.shape[3] != q.shape[3]:
         raise DataError(
-            f"{heads} query, {kv_heads} key and {v.shape[1]} value heads do not fit: key and value heads must be as "
-            f"many, divide the query heads, and be divisible by ulysses={degree}."
+            f"q has width {q.shape[3]} but k {k.shape[3]}; their products need one width (v may have another)."
         )
+    if v.shape[1] != kv_heads or heads % kv_heads or degree > heads:
+        raise DataError(
+            f"{heads} query, {kv_heads} key and {v.shape[1]} value heads do not fit ulysses={degree}: key and value "
+            "heads must be as many and divide the query heads, and there must be a query head for each Ulysses rank."
+        )
+    if not 0 <= dropout < 1:
+        raise DataError(f"A dropout of {dropout} is not possible; it is at least 0 and below 1.")

@@ -4,82 +4,91 @@ What travels: k and v as one block, P-1 hops forward and again backward; in back
 each block follows it, P-1 hops in the accumulation type, started by the block's first stop and ended
 by its owner. The next block is in flight while the present one is computed with (double buffer).
 
-Bytes sent per rank: `seqloom.planner.attention_bytes`. FLOPs: this rank's tiles, even under `zigzag`.
-Memory: three blocks of k and v, and in backward up to four of their gradients. Limits: the same
-number of tokens on every ring rank.
+With an inner ring of I ranks the ring is I x O: blocks go around among I neighbours while each rank's
+first block is on its way to the rank of equal place among the next neighbours. Of the P-1 hops O-1
+cross to other neighbours, and each of them has I computations to hide behind.
 
-| tensor  | shape                 |
-|---------|-----------------------|
-| q, out  | [rows, Hq, n, D]      |
-| k, v    | [rows, Hk, n, D]      |
-| block   | [2, rows, Hk, n, D]   |
+Bytes sent per rank: `seqloom.planner.attention_bytes`, each block with its own number of tokens.
+FLOPs: this rank's tiles, even under `zigzag`. Memory: three blocks of k and v (five with an inner
+ring), and in backward up to four of their gradients.
 
-Source: Ring Attention (arXiv 2310.01889), section 3; backward from the final log-sum-exp as in
-FlashAttention-2. Differs from the paper: kv gradients skip their owner's hop (P-1, not P).
+Sources: Ring Attention (arXiv 2310.01889), section 3; double ring: LoongTrain (arXiv 2406.18485),
+section 4.3. Differs from the papers: kv gradients skip their owner's hop (P-1, not P).
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from seqloom.attention.local import Partial, accumulation_type, attend, attend_backward
+from seqloom.attention.blocks import Block, Exchange, Gradient, Trip, Visit
 from seqloom.fabric import Axis, Pending, start_shift
-from seqloom.sequence import SequenceShard
 
-BLOCKS, GRADIENTS = 1, 2  # tags: a block and a gradient are on their way at once
+BLOCKS, GRADIENTS = 0, 2  # tags: a block and a gradient are on their way at once, of two tensors each
 
 
-def circulate(own: Tensor, ring: Axis) -> Iterator[tuple[int, Tensor]]:
+def circulate(own: Block, ring: Axis, room: Callable[[int], Block]) -> Iterator[tuple[int, Block]]:
     """Yield (owner, block) for every rank's block, one's own first, with the next one in flight.
 
-    A yielded block may be overwritten after the iterator goes on.
+    room(owner) makes buffers for the block of an owner, on this axis.
     """
-    block, spare = own, None
+    block = own
     for step in range(ring.size):
-        going_on = step + 1 < ring.size
-        pending = start_shift(block, ring, spare, tag=BLOCKS) if going_on else None
+        pending = None
+        if step + 1 < ring.size:
+            pending = start_shift(block, ring, room((ring.rank - step - 1) % ring.size), tag=BLOCKS)
         yield (ring.rank - step) % ring.size, block
         if pending:
-            spare = None if block is own else block
-            block = pending.wait()
+            block = tuple(pending.wait())
 
 
-class RingAttention(torch.autograd.Function):
-    """Attention over a ring. Forward: blocks shift. Backward: blocks shift again, gradients behind them."""
+def _outer(trip: Trip) -> Iterator[tuple[int, Block]]:
+    """(outer rank, block) for each block that the neighbours of this rank begin with."""
+    outer, inner = trip.sequence.outer, trip.sequence.inner
+    return circulate(trip.own, outer, lambda o: trip.empty(o * inner.size + inner.rank))
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, scale: float) -> Tensor:
-        """q: [rows, Hq, n, D]; k, v: [rows, Hk, n, D]. Returns out like q."""
-        block = torch.stack((k, v))
-        met = Partial.empty(q)
-        for owner, (keys, values) in circulate(block, sequence.ring):
-            attend(q, keys, values, sequence.work[owner], scale, met)
-        out = met.out.to(q.dtype)
-        ctx.save_for_backward(q, block, out, met.lse)
-        ctx.sequence, ctx.scale = sequence, scale
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """From dout like q; returns the gradients of q, k, v."""
-        q, block, out, lse = ctx.saved_tensors
-        ring, dtype = ctx.sequence.ring, accumulation_type(q.dtype)
-        dq = torch.zeros_like(q, dtype=dtype)
-        home = torch.zeros_like(block, dtype=dtype)
-        travelling: Pending | None = None
-        for owner, (keys, values) in circulate(block, ring):
-            gradient = home if owner == ring.rank else torch.zeros_like(home)
-            work, parts = ctx.sequence.work[owner], (dq, *gradient)
-            attend_backward(grads[0], q, keys, values, (out, lse), work, ctx.scale, parts)
-            if owner != ring.rank:
-                if travelling:
-                    gradient += travelling.wait()
-                travelling = start_shift(gradient, ring, tag=GRADIENTS)
-        if travelling:
-            home += travelling.wait()
-        dk, dv = home.to(q.dtype)
-        return dq.to(q.dtype), dk, dv, None, None
+def _inner(trip: Trip, o: int, first: Block) -> Iterator[tuple[int, Block]]:
+    """(ring rank, block) for the blocks that neighbours pass around once they have begun."""
+    inner = trip.sequence.inner
+    for i, block in circulate(first, inner, lambda i: trip.empty(o * inner.size + i)):
+        yield o * inner.size + i, block
+
+
+def visits(trip: Trip) -> Iterator[Visit]:
+    """Every rank's block, as it comes by."""
+    for o, first in _outer(trip):
+        for owner, block in _inner(trip, o, first):
+            yield trip.visit(owner, block)
+
+
+def returns(trip: Trip) -> Iterator[Visit]:
+    """Every rank's block once more, its gradient following it home."""
+    outer, inner = trip.sequence.outer, trip.sequence.inner
+    crossing: Pending | None = None
+    for o, first in _outer(trip):
+        # What these neighbours find for the block they began with ends here, then crosses to its owner.
+        begun = o * inner.size + inner.rank
+        total = trip.home if o == outer.rank else Gradient(first)
+        following: Pending | None = None
+        for owner, block in _inner(trip, o, first):
+            gradient = total if owner == begun else Gradient(block)
+            yield trip.visit(owner, block, gradient)
+            if owner != begun:
+                next_owner = o * inner.size + (owner - 1) % inner.size
+                following = _follow(gradient, following, inner, trip.empty_gradient(next_owner))
+        if following:
+            total.add(following.wait())
+        if o != outer.rank:
+            crossing = _follow(
+                total, crossing, outer, trip.empty_gradient((begun - inner.size) % trip.sequence.ring.size)
+            )
+    if crossing:
+        trip.home.add(crossing.wait())
+
+
+def _follow(gradient: Gradient, before: Pending | None, axis: Axis, room: Block) -> Pending:
+    """Add what the rank before has found for this block and send the sum after the block."""
+    if before:
+        gradient.add(before.wait())
+    return start_shift(gradient.block(), axis, room, tag=GRADIENTS)
+
+
+RING = Exchange(visits, returns)

@@ -1,78 +1,143 @@
 """DeepSpeed-Ulysses: trade tokens for heads before attention and back after it (arXiv 2309.14509).
 
-Between layers a rank holds n tokens of all heads; inside attention all P n tokens of its Ulysses
-group for 1/P of the heads. What travels: q, k and v in one all-to-all, the output in another, and
-the same two in backward. Limits: P divides the query heads and the key/value heads.
+Between layers a rank holds its n tokens of all heads; inside attention all N tokens of its Ulysses
+group for its part of the heads, as `HeadSplit` deals them. What travels: q, k and v in one all-to-all,
+the output in another, and the same two in backward. A key/value head goes to the ranks whose query
+heads read it and to no other; where it went to several, its gradients are summed on the way back.
+Neither heads nor tokens need to divide by the degree.
 
-| place          | q                    | k, v                 | out                  |
-|----------------|----------------------|----------------------|----------------------|
-| outside        | [rows, Hq, n, D]     | [rows, Hk, n, D]     | [rows, Hq, n, D]     |
-| inside         | [rows, Hq/P, P n, D] | [rows, Hk/P, P n, D] | [rows, Hq/P, P n, D] |
-| on the wire    | [P, n, rows, h, D]   | h = heads a rank takes of all tensors together |
+| place          | q                 | k                 | v                 | out               |
+|----------------|-------------------|-------------------|-------------------|-------------------|
+| outside        | [rows, Hq, n, Dk] | [rows, Hk, n, Dk] | [rows, Hk, n, Dv] | [rows, Hq, n, Dv] |
+| inside         | [rows, hq, N, Dk] | [rows, hk, N, Dk] | [rows, hk, N, Dv] | [rows, hq, N, Dv] |
+| on the wire    | [n, rows, h, D] of each tensor: what a kernel leaves of one row is sent as it lies  |
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqloom.fabric import Axis, trade
+from seqloom.fabric import Axis, start_trade
+from seqloom.geometry import HeadSplit, Span
 
 
-def _to_heads(tensors: tuple[Tensor, ...], axis: Axis) -> tuple[Tensor, ...]:
-    """[rows, H, n, D] each -> [rows, H / P, P n, D] each, in one exchange."""
-    parts = axis.size
-    heads = [x.shape[1] // parts for x in tensors]
-    rows, _, tokens, width = tensors[0].shape
-    leaving = tensors[0].new_empty(parts, tokens, rows, sum(heads), width)
-    for x, place in zip(tensors, leaving.split(heads, 3), strict=True):
-        place.copy_(x.unflatten(1, (parts, -1)).permute(1, 3, 0, 2, 4))
-    arrived = trade(leaving, axis).flatten(0, 1)  # [P n, rows, h, D]: the sources' tokens in order
-    return tuple(part.permute(1, 2, 0, 3) for part in arrived.split(heads, 2))
+@dataclass(frozen=True)
+class Trade:
+    """One exchange of tokens for heads.
+
+    tokens: how many each rank of the axis holds. parts: for each tensor and rank, the heads the rank
+    takes of it. heads: of each tensor, all together. The heads of a tensor may go to several ranks.
+    """
+
+    axis: Axis
+    tokens: tuple[int, ...]
+    parts: tuple[tuple[Span, ...], ...]
+    heads: tuple[int, ...]
+
+    def to_heads(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """[rows, H, n, D] each -> [rows, h, N, D] each, in one exchange."""
+        me = self.axis.rank
+        whole = [
+            x.new_empty(sum(self.tokens), x.shape[0], parts[me].size, x.shape[3])
+            for x, parts in zip(tensors, self.parts, strict=True)
+        ]
+        arriving = list(zip(*(x.split(self.tokens) for x in whole), strict=True))
+        leaving = [self._packed(tensors, rank) if rank != me else [] for rank in range(self.axis.size)]
+        pending = start_trade(leaving, arriving, self.axis)
+        for x, parts, mine in zip(tensors, self.parts, arriving[me], strict=True):
+            mine.copy_(_by_tokens(x[:, parts[me].start : parts[me].stop]))
+        pending.wait()
+        return tuple(x.permute(1, 2, 0, 3) for x in whole)
+
+    def to_tokens(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """[rows, h, N, D] each -> [rows, H, n, D] each, heads that several ranks hold summed; `to_heads` transposed."""
+        me = self.axis.rank
+        held = [_by_tokens(x).contiguous() for x in tensors]
+        leaving = list(zip(*(x.split(self.tokens) for x in held), strict=True))
+        arriving = [
+            [
+                x.new_empty(self.tokens[me], x.shape[1], parts[rank].size, x.shape[3])
+                for x, parts in zip(held, self.parts, strict=True)
+            ]
+            if rank != me
+            else leaving[me]
+            for rank in range(self.axis.size)
+        ]
+        pending = start_trade(leaving, arriving, self.axis)
+        whole = [
+            x.new_empty(x.shape[1], self.tokens[me], heads, x.shape[3]).transpose(1, 2)
+            for x, heads in zip(held, self.heads, strict=True)
+        ]
+        pending.wait()
+        for number, x in enumerate(whole):
+            filled = 0
+            for rank, heads in enumerate(self.parts[number]):
+                part = arriving[rank][number].permute(1, 2, 0, 3)
+                again = max(0, filled - heads.start)  # heads that the rank before held too
+                x[:, heads.start : heads.start + again] += part[:, :again]
+                x[:, heads.start + again : heads.stop] = part[:, again:]
+                filled = heads.stop
+        return tuple(whole)
+
+    def _packed(self, tensors: Sequence[Tensor], rank: int) -> list[Tensor]:
+        """The heads that a rank takes of each tensor, as they travel."""
+        return [
+            _by_tokens(x[:, parts[rank].start : parts[rank].stop]).contiguous()
+            for x, parts in zip(tensors, self.parts, strict=True)
+        ]
 
 
-def _to_tokens(tensors: tuple[Tensor, ...], axis: Axis) -> tuple[Tensor, ...]:
-    """[rows, H / P, P n, D] each -> [rows, H, n, D] each, in one exchange; the inverse of `_to_heads`."""
-    parts = axis.size
-    heads = [x.shape[1] for x in tensors]
-    rows, _, tokens, width = tensors[0].shape
-    leaving = tensors[0].new_empty(tokens, rows, sum(heads), width)
-    for x, place in zip(tensors, leaving.split(heads, 2), strict=True):
-        place.copy_(x.permute(2, 0, 1, 3))
-    arrived = trade(leaving.unflatten(0, (parts, -1)), axis)  # [P, n, rows, h, D]: P is the head group
-    return tuple(part.permute(2, 1, 0, 3, 4).flatten(2, 3).transpose(1, 2) for part in arrived.split(heads, 3))
+def _by_tokens(x: Tensor) -> Tensor:
+    """[rows, h, n, D] as [n, rows, h, D], a view."""
+    return x.permute(2, 0, 1, 3)
 
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.axis = axis
-        return _to_heads(tensors, axis)
+    def forward(ctx: Any, trade: Trade, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.trade = trade
+        return trade.to_heads(tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_to_tokens(grads, ctx.axis)
+        return None, *ctx.trade.to_tokens(grads)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, axis: Axis, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.axis = axis
-        return _to_tokens(tensors, axis)
+    def forward(ctx: Any, trade: Trade, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.trade = trade
+        return trade.to_tokens(tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_to_heads(grads, ctx.axis)
+        return None, *ctx.trade.to_heads(grads)
 
 
-def to_heads(q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Trade tokens for heads. Forward: one all-to-all of q, k, v. Backward: the inverse, of their gradients."""
-    return (q, k, v) if axis.size == 1 else _ToHeads.apply(axis, q, k, v)
+def to_heads(
+    q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, tokens: tuple[int, ...], axis: Axis
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Trade tokens for heads. Forward: one all-to-all of q, k, v. Backward: the inverse, of their gradients.
+
+    tokens: how many each rank of the axis holds.
+    """
+    if axis.size == 1:
+        return q, k, v
+    queries = tuple(split.queries(rank) for rank in range(axis.size))
+    keys = tuple(split.keys(rank) for rank in range(axis.size))
+    trade = Trade(axis, tokens, (queries, keys, keys), (split.heads, split.kv_heads, split.kv_heads))
+    return _ToHeads.apply(trade, q, k, v)
 
 
-def to_tokens(out: Tensor, axis: Axis) -> Tensor:
+def to_tokens(out: Tensor, split: HeadSplit, tokens: tuple[int, ...], axis: Axis) -> Tensor:
     """Trade heads back for tokens. Forward: one all-to-all. Backward: the inverse, of the gradient."""
-    return out if axis.size == 1 else _ToTokens.apply(axis, out)[0]
+    if axis.size == 1:
+        return out
+    queries = tuple(split.queries(rank) for rank in range(axis.size))
+    return _ToTokens.apply(Trade(axis, tokens, (queries,), (split.heads,)), out)[0]

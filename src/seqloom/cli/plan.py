@@ -1,44 +1,135 @@
 """seqloom plan"""
 
-from typing import Annotated
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import product
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seqloom.errors import ConfigError
 
-def plan(
-    check: Annotated[str, typer.Option("--check", help='The plan, such as "ring=2 ulysses=2".')],
-    model: Annotated[str, typer.Option("--model", help="llama, mistral, qwen2, qwen3, a config.json, or a folder.")],
-    seq_len: Annotated[int, typer.Option("--seq-len", help="Tokens of one sequence.")],
+if TYPE_CHECKING:
+    from seqloom.geometry import Layout, Mask
+    from seqloom.plan import ModelShape, Plan
+
+MOST_RANKS = 64
+"""The bytes of more ranks than this are not counted one by one."""
+
+
+def plan(  # noqa: PLR0913, PLR0917
+    check: Annotated[str | None, typer.Option("--check", help='The plan, such as "ring=2 ulysses=2".')] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A built-in model such as llama, a config.json, or a folder.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens of one sequence.")] = None,
     world: Annotated[
         int | None, typer.Option("--world", help="Processes there are; the plan's own by default.")
     ] = None,
     heads: Annotated[int | None, typer.Option("--heads", help="Query heads of a built-in model.")] = None,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key/value heads of a built-in model.")] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="Layers of a built-in model.")] = None,
+    documents: Annotated[str | None, typer.Option("--documents", help="Lengths packed in a sequence: 60,7,61.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Attention to both sides instead of causal.")] = False,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens apart from which on none is seen.")] = None,
+    prefix: Annotated[int, typer.Option("--prefix", help="First tokens of a document that all of it sees.")] = 0,
+    table: Annotated[
+        bool, typer.Option("--table", help="Which attention kernel does what here, and why another does not.")
+    ] = False,
 ) -> None:
     """Say whether a plan can run a model at a length, with every reason why not and the nearest plan that can.
 
-    Reads the configuration only; starts no process and needs no torch.
+    Reads the configuration only; starts no process and needs no torch, but for --table, which may stand alone.
     """
     from seqloom import plan as plans
-    from seqloom.cli.shape import model_settings
-    from seqloom.geometry import Layout, Mask
+    from seqloom.cli.shape import document_lengths, model_settings
+    from seqloom.geometry import Mask
+
+    lengths = document_lengths(documents)
+    seq_len = sum(lengths) if lengths and seq_len is None else seq_len
+    if check is not None and model is not None and seq_len is not None:
+        wanted = plans.Plan.parse(check)
+        shape = plans.ModelShape.from_config(model_settings(model, wanted, seq_len, heads, kv_heads, layers))
+        if lengths and sum(lengths) != seq_len:
+            raise ConfigError(
+                f"--documents holds {sum(lengths)} tokens, but --seq-len is {seq_len}; leave --seq-len out, or make "
+                "the lengths add up to it."
+            )
+        mask = Mask(causal=not full, window=window, prefix=prefix, documents=lengths)
+        plans.check(wanted, shape, seq_len, world=world)
+        typer.echo("\n".join(_cost(wanted, shape, seq_len, mask)))
+    elif not table or any((check, model, seq_len, world, heads, kv_heads, layers, full, window, prefix)):
+        missing = {"--check": check, "--model": model, "--seq-len (or --documents)": seq_len}
+        names = ", ".join(name for name, value in missing.items() if value is None)
+        raise ConfigError(f"seqloom plan needs {names} to check a plan; --table alone shows the attention kernels.")
+    if table:
+        from seqloom.attention.kernels.table import render
+
+        typer.echo(render())
+
+
+def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> Iterator[str]:
+    """What each process holds, works and sends, in sentences."""
+    from seqloom.geometry import HeadSplit, Layout, total
+
+    masks = tuple(mask.within(window) for window in model.windows)
+    layout = Layout(plan.layout, num_tokens, plan.ring, plan.ulysses, masks)
+    tokens = (total(layout.shard(ring, member)) for ring, member in product(range(plan.ring), range(plan.ulysses)))
+    split = HeadSplit(model.heads, model.kv_heads, plan.ulysses)
+    members = range(plan.ulysses)
+    yield (
+        f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(tokens)} of {num_tokens:,} tokens, and "
+        f"{_spread(split.queries(m).size for m in members)} of {model.heads} query heads and "
+        f"{_spread(split.keys(m).size for m in members)} of {model.kv_heads} key/value heads in attention."
+    )
+    if plan.ring > 1:
+        yield f"Attention work of the busiest ring rank over the mean: {_compared(layout, masks)}."
+    yield from _sent(plan, model, num_tokens, layout, masks)
+
+
+def _compared(layout: "Layout", masks: "tuple[Mask, ...]") -> str:
+    """The imbalance of the plan's layout, all layers together, and that of the others."""
+    from dataclasses import replace
+    from typing import get_args
+
+    from seqloom.plan.plan import LayoutKind
+
+    def unevenness(kind: str) -> float:
+        other = replace(layout, kind=kind)
+        layers = [tuple(times * each for each in other.work(mask)) for mask, times in Counter(masks).items()]
+        work = [sum(rank) for rank in zip(*layers, strict=True)]
+        return max(work) * len(work) / max(1, sum(work))
+
+    others = (f"{kind} {unevenness(kind):.3f}" for kind in get_args(LayoutKind) if kind != layout.kind)
+    return f"{unevenness(layout.kind):.3f} ({', '.join(others)})"
+
+
+def _sent(
+    plan: "Plan", model: "ModelShape", num_tokens: int, layout: "Layout", masks: "tuple[Mask, ...]"
+) -> Iterator[str]:
+    """What goes over the wire, along each axis that is split."""
     from seqloom.planner import attention_bytes
 
-    wanted = plans.Plan.parse(check)
-    shape = plans.ModelShape.from_config(model_settings(model, wanted, seq_len, heads, kv_heads, layers))
-    plans.check(wanted, shape, seq_len, world=world)
-    sent = attention_bytes(wanted, shape, seq_len, item_bytes=2)
-    layout = Layout(wanted.layout, seq_len, wanted.ring, wanted.ulysses)
-    typer.echo(
-        f"Legal: '{wanted}' on {wanted.world_size} processes; each holds {seq_len // (wanted.ring * wanted.ulysses):,} "
-        f"of {seq_len:,} tokens, and {shape.heads // wanted.ulysses} of {shape.heads} query heads and "
-        f"{shape.kv_heads // wanted.ulysses} of {shape.kv_heads} key/value heads in attention."
-    )
-    typer.echo(f"Causal attention work, most over mean: {layout.imbalance(Mask()):.3f}.")
-    for axis, passes in sent.items():
-        if getattr(wanted, axis) > 1:
-            typer.echo(
-                f"Each process sends {passes['forward'] + passes['backward']:,} bytes a layer and sequence "
-                f"along {axis}, forward and backward, in bf16."
+    ranks = [(ring, member) for ring in range(plan.ring) for member in range(plan.ulysses)]
+    who = "Each process"
+    if len(ranks) > MOST_RANKS:
+        who, ranks = "Process 0", ranks[:1]
+    found = [
+        attention_bytes(
+            plan, model, num_tokens, ring_rank=r, ulysses_rank=u, masks=(mask,), layout=layout, item_bytes=2
+        )
+        for (r, u), mask in product(ranks, dict.fromkeys(masks))
+    ]
+    for axis in found[0]:
+        counts = [sent[axis]["forward"] + sent[axis]["backward"] for sent in found]
+        if max(counts):
+            yield (
+                f"{who} sends {_spread(counts)} bytes a layer and sequence along {axis.replace('_', ' ')}, "
+                "forward and backward, in bf16."
             )
+
+
+def _spread(counts: Iterable[int]) -> str:
+    """A number, or the least and the most of several."""
+    found = set(counts)
+    return f"{min(found):,}" if len(found) == 1 else f"{min(found):,} to {max(found):,}"

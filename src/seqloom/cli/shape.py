@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqloom.errors import ModelError
+from seqloom.errors import ConfigError, ModelError
 from seqloom.plan import TINY_SHAPES, Plan, fit, read_config
 
 
@@ -19,3 +19,13 @@ def model_settings(
             f"'{source}' has its own: edit its config.json."
         )
     return config
+
+
+def document_lengths(documents: str | None) -> tuple[int, ...] | None:
+    """The lengths of `--documents`, such as 60,7,61; None where it is left out."""
+    if documents is None:
+        return None
+    parts = documents.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--documents '{documents}' is not a list of lengths; write them as 60,7,61.")
+    return tuple(map(int, parts))

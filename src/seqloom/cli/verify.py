@@ -6,18 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from seqloom.errors import ConfigError
-
 
 def verify(  # noqa: PLR0913, PLR0917
     plan: Annotated[str, typer.Option("--plan", help='The plan, such as "ring=2 ulysses=2".')],
-    model: Annotated[str, typer.Option("--model", help="llama, mistral, qwen2, qwen3, a config.json, or a folder.")],
+    model: Annotated[str, typer.Option("--model", help="A built-in model such as llama, a config.json, or a folder.")],
     seq_len: Annotated[int | None, typer.Option("--seq-len", help="Tokens of one sequence.")] = None,
     heads: Annotated[int | None, typer.Option("--heads", help="Query heads of a built-in model.")] = None,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", help="Key/value heads of a built-in model.")] = None,
     layers: Annotated[int | None, typer.Option("--layers", help="Layers of a built-in model.")] = None,
     batch: Annotated[int, typer.Option("--batch", help="Sequences of a micro-batch on each data rank.")] = 1,
     documents: Annotated[str | None, typer.Option("--documents", help="Lengths packed in a sequence: 60,7,61.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Attention to both sides instead of causal.")] = False,
+    window: Annotated[int | None, typer.Option("--window", help="Tokens apart from which on none is seen.")] = None,
+    prefix: Annotated[int, typer.Option("--prefix", help="First tokens of a document that all of it sees.")] = 0,
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps taken before parameters are compared.")] = 1,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Micro-batches of a step.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="float64, float32 or bf16 (autocast).")] = "float64",
@@ -27,16 +28,18 @@ def verify(  # noqa: PLR0913, PLR0917
 
     Exit status 0 only if they are equal; 1 if they differ, 2 if the case is refused.
     """
-    from seqloom.cli.shape import model_settings
-    from seqloom.plan import ModelShape, Plan, check, granularity
+    from seqloom.cli.shape import document_lengths, model_settings
+    from seqloom.geometry import Mask
+    from seqloom.plan import ModelShape, Plan, check, shortest
+    from seqloom.plan.dropout import without_dropout
 
     wanted = Plan.parse(plan)
-    lengths = _lengths(documents)
+    lengths = document_lengths(documents)
     if seq_len is None:
-        parts = granularity(wanted)
-        seq_len = sum(lengths) if lengths else -(-64 // parts) * parts
+        seq_len = sum(lengths) if lengths else max(64, shortest(wanted))
+    rule = Mask(causal=not full, window=window, prefix=prefix)
     settings = model_settings(model, wanted, seq_len, heads, kv_heads, layers)
-    check(wanted, ModelShape.from_config(settings), seq_len)
+    check(wanted, ModelShape.from_config(without_dropout(settings)[0]), seq_len)
 
     # torch loads only now, so that a plan that cannot run is told at once.
     from seqloom.fabric.launch import distributed, speaks, under_torchrun
@@ -53,6 +56,7 @@ def verify(  # noqa: PLR0913, PLR0917
         accumulate=accumulate,
         steps=steps,
         documents=lengths,
+        rule=rule,
         dtype=dtype,
     )
     if under_torchrun():
@@ -61,22 +65,23 @@ def verify(  # noqa: PLR0913, PLR0917
     else:
         verdict = run(case)
     if speaks():
-        values = {**asdict(verdict), "equal": verdict.equal, "num_tokens": seq_len}
-        typer.echo(json.dumps(values, indent=1) if as_json else _table(values))
+        values = {**asdict(verdict), "equal": verdict.equal, "num_tokens": seq_len, "mask": _mask_words(rule, lengths)}
+        said = [json.dumps(values, indent=1)] if as_json else [*_table(values), str(verdict.parting or "")]
+        typer.echo("\n".join(filter(None, said)))
     if not verdict.equal:
         raise typer.Exit(1)
 
 
-def _lengths(documents: str | None) -> tuple[int, ...] | None:
-    if documents is None:
-        return None
-    parts = documents.replace(" ", "").split(",")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--documents '{documents}' is not a list of lengths; write them as 60,7,61.")
-    return tuple(map(int, parts))
+def _mask_words(rule: Any, lengths: tuple[int, ...] | None) -> str:
+    """The mask in words: causal, window 24, documents of 60, 7, 61."""
+    words = ["causal" if rule.causal else "full"]
+    words += [f"window {rule.window}"] if rule.window else []
+    words += [f"prefix {rule.prefix}"] if rule.prefix else []
+    words += [f"{len(lengths)} document{'s' * (len(lengths) > 1)}"] if lengths else []
+    return ", ".join(words)
 
 
-def _table(verdict: dict[str, Any]) -> str:
+def _table(verdict: dict[str, Any]) -> list[str]:
     rows = [
         ("loss", verdict["loss_error"], ""),
         ("gradient norm", verdict["gradient_norm_error"], ""),
@@ -88,10 +93,11 @@ def _table(verdict: dict[str, Any]) -> str:
         for name, error, said in rows
     ]
     outcome = "equals" if verdict["equal"] else "DIFFERS FROM"
-    return "\n".join(
-        [
-            f"Plan '{verdict['plan']}' on {verdict['world_size']} processes, {verdict['num_tokens']} tokens, "
-            f"{verdict['dtype']}: {outcome} one device (tolerance {verdict['tolerance']:.1e}).",
-            *lines,
-        ]
-    )
+    off = ", ".join(verdict["dropouts_off"])
+    mask = f"{verdict['mask']}, " * (verdict["mask"] != "causal")
+    return [
+        f"Plan '{verdict['plan']}' on {verdict['world_size']} processes, {verdict['num_tokens']} tokens, "
+        f"{mask}{verdict['dtype']}: {outcome} one device (tolerance {verdict['tolerance']:.1e}).",
+        *lines,
+        *([f"Dropout was off on both sides; the model has {off}."] if off else []),
+    ]

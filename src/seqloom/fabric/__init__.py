@@ -12,7 +12,7 @@ from seqloom.fabric.collectives import (
     start_all_reduce_,
     start_reduce_scatter,
     start_shift,
-    trade,
+    start_trade,
 )
 from seqloom.fabric.mesh import AXES, Axis, Fabric
 from seqloom.fabric.meter import Meter
@@ -33,5 +33,5 @@ __all__ = [
     "start_all_reduce_",
     "start_reduce_scatter",
     "start_shift",
-    "trade",
+    "start_trade",
 ]

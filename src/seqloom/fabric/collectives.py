@@ -4,7 +4,7 @@ The functions on the first half move plain tensors, in place or asynchronously, 
 autograd. The second half are differentiable; each says what it does forward and backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -51,10 +51,10 @@ class Pending:
     what: str
     axis: Axis
     works: list[Any]
-    arriving: Tensor
-    leaving: Tensor | None = None  # kept alive until the transfer ends
+    arriving: Any  # a tensor, or what else the transfer fills
+    leaving: Any = None  # kept alive until the transfer ends
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Any:
         """Block until the transfer has ended on this rank."""
         with _naming(self.what, self.axis):
             for work in self.works:
@@ -63,24 +63,37 @@ class Pending:
         return self.arriving
 
 
-def start_shift(block: Tensor, axis: Axis, into: Tensor | None = None, *, by: int = 1, tag: int = 0) -> Pending:
-    """Begin sending `block` to rank + by and receiving the one of rank - by, around the axis.
+def start_shift(
+    block: Sequence[Tensor], axis: Axis, into: Sequence[Tensor] | None = None, *, by: int = 1, tag: int = 0
+) -> Pending:
+    """Begin sending the tensors of `block` to rank + by and receiving those of rank - by, around the axis.
 
-    `block` must be contiguous and stay unchanged until the wait; `into` receives (new by default).
-    Transfers under way together take different tags.
+    They must be contiguous and stay unchanged until the wait; `into` receives (like `block` by
+    default, though the tensors that come may be of other shapes). Transfers under way together take
+    tags that are further apart than a block has tensors.
     """
-    arriving = torch.empty_like(block) if into is None else into
-    peers = ((distributed.irecv, arriving, axis.rank - by), (distributed.isend, block, axis.rank + by))
-    axis.meter.add(axis.name, _bytes(block))
+    arriving = [torch.empty_like(part) for part in block] if into is None else list(into)
+    source, target = (axis.rank - by) % axis.size, (axis.rank + by) % axis.size
+    axis.meter.add(axis.name, sum(map(_bytes, block)))
     with _naming("shift", axis):
-        # The receive is posted first: gloo turns a two-way pair half-duplex in the other order.
-        works = distributed.batch_isend_irecv(
-            [
-                distributed.P2POp(op, tensor, group=axis.group, tag=tag, group_peer=peer % axis.size)
-                for op, tensor, peer in peers
-            ]
-        )
+        works = _start_messages({target: block}, {source: arriving}, axis, tag)
     return Pending("shift", axis, works, arriving, block)
+
+
+def _start_messages(
+    leaving: Mapping[int, Sequence[Tensor]], arriving: Mapping[int, Sequence[Tensor]], axis: Axis, tag: int
+) -> list[Any]:
+    """Post every message; tensor number i of a pair of ranks has tag + i, and empty ones are not sent."""
+    return distributed.batch_isend_irecv(
+        [
+            distributed.P2POp(op, tensor, group=axis.group, tag=tag + number, group_peer=peer)
+            # The receives are posted first: gloo turns a two-way pair half-duplex in the other order.
+            for op, messages in ((distributed.irecv, arriving), (distributed.isend, leaving))
+            for peer, tensors in messages.items()
+            for number, tensor in enumerate(tensors)
+            if tensor.numel()
+        ]
+    )
 
 
 def start_all_gather(block: Tensor, axis: Axis) -> Pending:
@@ -109,15 +122,24 @@ def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
     return Pending("reduce-scatter", axis, [work], mine, leaving)
 
 
-def trade(parts: Tensor, axis: Axis) -> Tensor:
-    """All-to-all: part p of `parts` [size, ...] goes to rank p; part p of the result came from rank p."""
-    if axis.size == 1:
-        return parts
-    arriving = torch.empty_like(parts)
-    axis.meter.add(axis.name, _bytes(parts) * (axis.size - 1) // axis.size)
+def start_trade(
+    leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[Tensor]], axis: Axis, *, tag: int = 0
+) -> Pending:
+    """Begin an all-to-all of uneven parts: the tensors leaving[p] go to rank p, arriving[p] are filled by rank p.
+
+    All are contiguous; empty ones are not sent. A rank's part for itself is neither read nor filled:
+    who calls knows a shorter way. It is made of messages between pairs, which gloo carries faster than
+    its own all-to-all, all-gather and reduce-scatter. `wait` gives what has arrived.
+    """
+    others = [(axis.rank + by) % axis.size for by in range(1, axis.size)]
+    sent = {peer: leaving[peer] for peer in others if any(part.numel() for part in leaving[peer])}
+    received = {peer: arriving[peer] for peer in reversed(others) if any(part.numel() for part in arriving[peer])}
+    axis.meter.add(axis.name, sum(_bytes(part) for parts in sent.values() for part in parts))
+    if not (sent or received):
+        return Pending("all-to-all", axis, [], arriving)
     with _naming("all-to-all", axis):
-        distributed.all_to_all_single(arriving, parts, group=axis.group)
-    return arriving
+        works = _start_messages(sent, received, axis, tag)
+    return Pending("all-to-all", axis, works, arriving, leaving)
 
 
 _REDUCTIONS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX, "min": distributed.ReduceOp.MIN}
@@ -159,12 +181,12 @@ class _Shift(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, by: int) -> Tensor:
         ctx.axis, ctx.by = axis, by
-        return start_shift(x.contiguous(), axis, by=by).wait()
+        return start_shift([x.contiguous()], axis, by=by).wait()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return start_shift(grads[0].contiguous(), ctx.axis, by=-ctx.by).wait(), None, None
+        return start_shift([grads[0].contiguous()], ctx.axis, by=-ctx.by).wait()[0], None, None
 
 
 def shift(x: Tensor, axis: Axis, by: int = 1) -> Tensor:
@@ -191,16 +213,23 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return trade(parts.contiguous(), axis)
+    def forward(ctx: Any, axis: Axis, shapes: Sequence[Sequence[int]], *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.axis, ctx.shapes = axis, [part.shape for part in parts]
+        return _traded(parts, shapes, axis)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return trade(grads[0].contiguous(), ctx.axis), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *_traded(grads, ctx.shapes, ctx.axis)
 
 
-def all_to_all(parts: Tensor, axis: Axis) -> Tensor:
-    """Part p of `parts` [size, ...] to rank p. Forward: all-to-all. Backward: the same all-to-all."""
-    return _AllToAll.apply(parts, axis)
+def _traded(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis) -> tuple[Tensor, ...]:
+    arriving = [parts[0].new_empty(shape) for shape in shapes]
+    arriving[axis.rank] = parts[axis.rank].clone()
+    start_trade([[part.contiguous()] for part in parts], [[part] for part in arriving], axis).wait()
+    return tuple(arriving)
+
+
+def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis) -> tuple[Tensor, ...]:
+    """Part p to rank p, and one of shapes[p] from it. Forward: all-to-all. Backward: the all-to-all back."""
+    return _AllToAll.apply(axis, shapes, *parts)

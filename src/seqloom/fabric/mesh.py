@@ -1,5 +1,6 @@
 """From a plan to named process groups; nothing else in seqloom makes groups."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +34,9 @@ class Fabric:
     """The processes of a run, arranged as its plan says.
 
     `replicas` is data x ring x ulysses as one axis: the ranks that hold the same weights.
-    `world` is all ranks.
+    `world` is all ranks. `inner` and `outer` are the ring as two axes where the plan has an
+    inner_ring: neighbours, and the ranks of equal place among theirs. Without it `inner` is `ring`
+    itself and `outer` one rank.
     """
 
     plan: Plan
@@ -42,10 +45,13 @@ class Fabric:
     pipeline: Axis
     data: Axis
     ring: Axis
+    inner: Axis
+    outer: Axis
     ulysses: Axis
     tensor: Axis
     replicas: Axis
     world: Axis
+    groups: tuple[distributed.ProcessGroup, ...] = field(repr=False)
 
     @property
     def rank(self) -> int:
@@ -54,9 +60,8 @@ class Fabric:
 
     def close(self) -> None:
         """End the groups of this fabric, all but the one torch.distributed itself was given."""
-        for axis in (self.pipeline, self.data, self.ring, self.ulysses, self.tensor, self.replicas):
-            if axis.group is not None and axis.group != distributed.group.WORLD:
-                distributed.destroy_process_group(axis.group)
+        for group in self.groups:
+            distributed.destroy_process_group(group)
 
     @classmethod
     def build(cls, plan: Plan, device: torch.device | str | None = None) -> "Fabric":
@@ -73,20 +78,16 @@ class Fabric:
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
-        degrees = {axis: getattr(plan, axis) for axis in AXES}
-        merged = {
-            "pipeline": plan.pipeline,
-            "replicas": plan.data * plan.ring * plan.ulysses,
-            "tensor": plan.tensor,
-        }
+        groups: list[distributed.ProcessGroup] = []
 
         def place(shape: dict[str, int], wanted: tuple[str, ...]) -> dict[str, Axis]:
             # Only axes of more than one rank are in the mesh: a group costs threads and a rendezvous.
             wide = {name: size for name, size in shape.items() if size > 1}
             alone = {name: Axis(name, 0, 1, None, meter) for name in wanted}
-            if not wide:
+            if not any(name in wide for name in wanted):
                 return alone
             mesh = init_device_mesh(device.type, tuple(wide.values()), mesh_dim_names=tuple(wide))
+            groups.extend(g for g in mesh.get_all_groups() if g not in (*groups, distributed.group.WORLD))
             return alone | {
                 name: Axis(name, mesh.get_local_rank(name), wide[name], mesh.get_group(name), meter)
                 for name in wanted
@@ -94,5 +95,25 @@ class Fabric:
             }
 
         everyone = Axis("world", rank, world, distributed.group.WORLD if started and world > 1 else None, meter)
-        axes = place(degrees, AXES) | place(merged, ("replicas",))
-        return cls(plan=plan, device=device, meter=meter, world=everyone, **axes)
+        axes = place({axis: getattr(plan, axis) for axis in AXES}, AXES)
+        replicas = plan.data * plan.ring * plan.ulysses
+        axes |= place({"pipeline": plan.pipeline, "replicas": replicas, "tensor": plan.tensor}, ("replicas",))
+        rings = _rings(plan, axes["ring"], place)
+        return cls(plan=plan, device=device, meter=meter, world=everyone, groups=tuple(groups), **axes, **rings)
+
+
+def _rings(
+    plan: Plan, ring: Axis, place: Callable[[dict[str, int], tuple[str, ...]], dict[str, Axis]]
+) -> dict[str, Axis]:
+    """The ring as `outer` x `inner`, the inner of neighbours."""
+    outer, inner = plan.rings
+    if outer == 1:
+        return {"inner": ring, "outer": Axis("outer_ring", 0, 1, None, ring.meter)}
+    shape = {
+        "slower": plan.pipeline * plan.data,
+        "outer_ring": outer,
+        "inner_ring": inner,
+        "faster": plan.ulysses * plan.tensor,
+    }
+    axes = place(shape, ("outer_ring", "inner_ring"))
+    return {"inner": axes["inner_ring"], "outer": axes["outer_ring"]}

@@ -1,20 +1,21 @@
 """Who holds which tokens of a sequence.
 
-A sequence is dealt to the ranks of the ring; each ring rank's part is then cut in equal consecutive
-pieces among the ranks of its Ulysses group, so that exchanging heads for tokens inside that group
-restores the ring rank's part in order.
+A sequence is dealt to the ranks of the ring; each ring rank's part is then cut in consecutive pieces
+among the ranks of its Ulysses group, so that exchanging heads for tokens inside that group restores
+the ring rank's part in order. Lengths need not divide by anything: sizes differ by a token or two.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
+from seqloom.geometry.balance import balanced
 from seqloom.geometry.mask import Mask
 from seqloom.geometry.span import Span, cut, even_bounds, total
 
 
 def contiguous(num_tokens: int, ring: int) -> tuple[tuple[Span, ...], ...]:
-    """Rank r holds the r-th of `ring` equal runs. Under a causal mask the last rank works most."""
+    """Rank r holds the r-th of `ring` even runs. Under a causal mask the last rank works most."""
     bounds = even_bounds(num_tokens, ring)
     return tuple((Span(bounds[r], bounds[r + 1]),) for r in range(ring))
 
@@ -42,13 +43,15 @@ DEALS: dict[str, Callable[[int, int], tuple[tuple[Span, ...], ...]]] = {
 class Layout:
     """The tokens of a sequence over ring x ulysses ranks.
 
-    kind: a key of DEALS. num_tokens: the length of the global sequence.
+    kind: a key of DEALS, or `balanced`. num_tokens: the length of the global sequence. masks: those
+    of the rows, whose work `balanced` evens out and the other kinds do not ask for.
     """
 
     kind: str
     num_tokens: int
     ring: int = 1
     ulysses: int = 1
+    masks: tuple[Mask, ...] = ()
 
     @cached_property
     def ring_spans(self) -> tuple[tuple[Span, ...], ...]:
@@ -57,6 +60,8 @@ class Layout:
         >>> Layout("zigzag", 16, ring=2).ring_spans[0]
         (Span(start=0, stop=4, step=1), Span(start=12, stop=16, step=1))
         """
+        if self.kind == "balanced":
+            return balanced(self.num_tokens, self.ring, self.masks)
         return DEALS[self.kind](self.num_tokens, self.ring)
 
     def shard(self, ring_rank: int, ulysses_rank: int) -> tuple[Span, ...]:

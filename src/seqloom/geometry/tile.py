@@ -1,6 +1,7 @@
-"""A rectangle of the attention matrix with one diagonal bound on either side, and its area."""
+"""A rectangle of the attention matrix with a diagonal bound on either side: its area, and its cut for kernels."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from seqloom.geometry.span import Span
@@ -27,8 +28,12 @@ class Tile(NamedTuple):
     @property
     def causal(self) -> bool:
         """A square whose visible part is its lower triangle with the diagonal."""
-        aligned = self.low == self.q.start - self.k.start and self.high is None
-        return aligned and self.q.size == self.k.size
+        return self.high is None and self.q.size == self.k.size and self.low == self.q.start - self.k.start
+
+    @property
+    def anticausal(self) -> bool:
+        """A square whose visible part is its upper triangle with the diagonal."""
+        return self.low is None and self.q.size == self.k.size and self.high == self.q.start - self.k.start
 
     @property
     def area(self) -> int:
@@ -42,6 +47,51 @@ class Tile(NamedTuple):
         upto = pairs if self.high is None else _pairs_below(self.q, self.k, self.high + 1)
         return max(0, upto - below)
 
+    def pieces(self) -> Iterator["Tile"]:
+        """Cut the tile into what kernels know: full rectangles, causal and anticausal squares.
+
+        Together they cover exactly the visible pairs, once. A band of w diagonals over n rows comes
+        in about 3 n / w pieces, any other tile in at most four.
+
+        >>> [(p.q.size, p.k.size, p.causal) for p in Tile(Span(0, 2), Span(0, 6), low=-4).pieces()]
+        [(2, 4, False), (2, 2, True)]
+        """
+        if self.full or self.causal or self.anticausal:
+            yield self
+            return
+        shift = self.k.start - self.q.start  # from here on i and j count from the tile's own corner
+        low, high = (None if bound is None else bound + shift for bound in (self.low, self.high))
+        rows, columns = self.q.size, self.k.size
+        first = 0 if low is None else max(0, low)
+        last = rows if high is None else min(rows, columns + high)
+        grown = first if low is None else columns + low  # up to this row, the last visible key moves right
+        moving = last if high is None else high  # from this row on, the first visible key moves right
+        cuts = sorted({first, *(row for row in (grown, moving) if first < row < last), max(first, last)})
+        for start, stop in pairwise(cuts):
+            left_moves, right_moves = start >= moving, start < grown
+            # Where both edges move, at most as many rows at once as leave the two triangles apart.
+            width = columns if low is None or high is None else high - low + 1
+            at_once = max(1, width - 1) if left_moves and right_moves else stop - start
+            for top in range(start, stop, at_once):
+                size = min(at_once, stop - top)
+                left = 0 if high is None else max(0, top - high)
+                right = columns if low is None else min(columns, top - low + 1)
+                yield from self._run(top, size, (left, left_moves and size > 1), (right, right_moves and size > 1))
+
+    def _run(self, top: int, size: int, left: tuple[int, bool], right: tuple[int, bool]) -> Iterator["Tile"]:
+        """Rows [top, top + size): in the first of them keys [left, right) are visible; an edge may move each row."""
+        (first, left_moves), (last, right_moves) = left, right
+        rows, origin = Span(self.q.start + top, self.q.start + top + size), self.k.start
+        if left_moves:
+            square = Span(origin + first, origin + first + size)
+            yield Tile(rows, square, high=rows.start - square.start)
+        middle = Span(origin + first + size * left_moves, origin + last - right_moves)
+        if middle.size:
+            yield Tile(rows, middle)
+        if right_moves:
+            square = Span(origin + last - 1, origin + last - 1 + size)
+            yield Tile(rows, square, low=rows.start - square.start)
+
 
 def _pairs_below(q: Span, k: Span, bound: int) -> int:
     """How many (i, j) in q x k have i - j < bound."""
@@ -54,26 +104,23 @@ def _pairs_below(q: Span, k: Span, bound: int) -> int:
     return full_rows * k.size + slope_rows * (2 * first - slope_rows + 1) // 2
 
 
-def causal_tiles(q: Span, k: Span, shift: int) -> Iterable[Tile]:
-    """Cut {i - j >= shift} over q x k into full rectangles and aligned causal squares.
+def band(q: Span, k: Span, low: int | None, high: int | None) -> Tile | None:
+    """The tile of {low <= i - j <= high} over q x k, trimmed so that every row and column of it sees something.
 
-    `i` and `j` count from the start of `q` and of `k`. At most three tiles come out: the rows that
-    see all of k, the columns left of the diagonal band, and the band itself.
+    A bound that nowhere bites is dropped. None where nothing is visible.
+
+    >>> band(Span(0, 8), Span(0, 4), 6, None)
+    Tile(q=Span(start=6, stop=8, step=1), k=Span(start=0, stop=2, step=1), low=6, high=None)
     """
-    rows, columns = q.size, k.size
-    all_visible = min(rows, max(0, columns + shift))  # rows from here on see every key
-    band = min(rows, max(0, shift))  # rows before this one see nothing
-    left = band - shift  # columns that all rows of the band see
-    if all_visible > band:
-        square = all_visible - band
-        q_band = Span(q.start + band, q.start + all_visible)
-        k_band = Span(k.start + left, k.start + left + square)
-        if left:
-            yield Tile(q_band, Span(k.start, k.start + left))
-        yield Tile(q_band, k_band, low=q_band.start - k_band.start)
-    below = max(all_visible, band)
-    if below < rows:
-        yield Tile(Span(q.start + below, q.stop), k)
+    if low is not None:
+        q, k = Span(max(q.start, k.start + low), q.stop), Span(k.start, min(k.stop, q.stop - low))
+    if high is not None:
+        q, k = Span(q.start, min(q.stop, k.stop + high)), Span(max(k.start, q.start - high), k.stop)
+    if not (q.size and k.size) or (low is not None and high is not None and low > high):
+        return None
+    low = None if low is None or q.start - (k.stop - 1) >= low else low
+    high = None if high is None or q.stop - 1 - k.start <= high else high
+    return Tile(q, k, low, high)
 
 
 def coalesce(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
@@ -83,6 +130,8 @@ def coalesce(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     one larger square (the two halves of a zigzag rank against themselves, for one).
     """
     tiles = list(tiles)
+    if len(tiles) == 1:
+        return tuple(tiles)
     full = _join([tile for tile in tiles if tile.full], along_k=True)
     squares: list[Tile] = []
     other = [tile for tile in tiles if not tile.full and not tile.causal]

@@ -16,7 +16,14 @@ from torch.autograd.function import once_differentiable
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, keep: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        chunk: int,
+        softcap: float | None,
+        keep: bool,
     ) -> Tensor:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=dtype)
@@ -26,6 +33,8 @@ class _ChunkedLoss(torch.autograd.Function):
             part = slice(first, first + chunk)
             logits = torch.nn.functional.linear(hidden[part], weight, bias)
             scores, valid = logits.to(dtype), (labels[part] >= 0)
+            if softcap:
+                scores = (scores / softcap).tanh_().mul_(softcap)
             targets = labels[part].clamp(min=0)[:, None]
             lse = scores.logsumexp(-1)
             total += ((lse - scores.gather(1, targets)[:, 0]) * valid).sum()
@@ -33,6 +42,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 error = torch.exp(scores - lse[:, None])
                 error.scatter_add_(1, targets, -torch.ones_like(error[:, :1]))
                 error *= valid[:, None]
+                if softcap:  # d (cap tanh(z / cap)) / dz = 1 - tanh^2
+                    error *= 1 - (scores / softcap).square_()
                 rounded = error.to(logits.dtype)
                 grad_hidden[part] = rounded @ weight
                 grads[0] += rounded.T @ hidden[part]
@@ -48,16 +59,24 @@ class _ChunkedLoss(torch.autograd.Function):
         scaled = [
             None if x is None else (x * grad).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk_tokens: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    chunk_tokens: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """The sum of -log p(label) over labelled tokens, in nats, as a scalar of at least float32.
 
     hidden: [..., hidden], weight: [vocab, hidden], bias: [vocab] or None, labels: [...] int64 with
-    negative numbers where there is none. chunk_tokens: tokens whose logits exist at once.
+    negative numbers where there is none. chunk_tokens: tokens whose logits exist at once. softcap:
+    logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv 2408.00118, section 2); None or 0
+    leaves them.
     """
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    return _ChunkedLoss.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), chunk_tokens, keep)
+    return _ChunkedLoss.apply(hidden.flatten(0, -2), weight, bias, labels.flatten(), chunk_tokens, softcap, keep)

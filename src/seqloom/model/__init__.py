@@ -1,6 +1,14 @@
 """Hugging Face models under a plan."""
 
 from seqloom.model.build import build_model, weights_folder, without_progress_bars
-from seqloom.model.parallelize import parallelize, sum_gradients, token_loss
+from seqloom.model.parallelize import layer_windows, parallelize, sum_gradients, token_loss
 
-__all__ = ["build_model", "parallelize", "sum_gradients", "token_loss", "weights_folder", "without_progress_bars"]
+__all__ = [
+    "build_model",
+    "layer_windows",
+    "parallelize",
+    "sum_gradients",
+    "token_loss",
+    "weights_folder",
+    "without_progress_bars",
+]

@@ -2,22 +2,19 @@
 
 transformers looks an attention function up by name and hands every keyword it does not know down to
 it. So a `SequenceShard` passed as `model(..., sequence=shard)` arrives here with each layer's q, k, v.
-What a layer asks for beyond causal attention is honoured or refused by name; nothing is ignored.
+What a layer asks of attention is honoured or refused by name; nothing is ignored.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from seqloom.attention import attention
 from seqloom.errors import ModelError
 from seqloom.sequence import SequenceShard
 
 NAME = "seqloom"
-PROBE = "seqloom_probe"
 
 NEUTRAL = frozenset(
     {"position_ids", "cache_position", "use_cache", "past_key_values", "return_dict", "output_hidden_states"}
@@ -26,22 +23,28 @@ NEUTRAL = frozenset(
 
 
 def register() -> None:
-    """Make the attention functions known to transformers under NAME and PROBE. Repeating it is harmless."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    AttentionInterface.register(PROBE, _probe_attention)
+    """Make the attention function known to transformers under NAME. Repeating it is harmless."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, no_mask)
 
 
-def _no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
-    """Stop transformers from building a dense mask; the shard carries the mask. Padding is refused."""
-    if attention_mask is not None and not bool(attention_mask.all()):
+def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
+    """Stop transformers from building a dense mask: the shard carries the mask. Raises ModelError for a given one."""
+    if attention_mask is None:
+        return
+    if attention_mask.ndim != 2:
         raise ModelError(
-            "An attention_mask with padding is not supported yet; pack documents into full sequences "
-            "and name their lengths in Batch(documents=...)."
+            f"The model was given a dense attention_mask of {attention_mask.ndim} dims; the mask comes with the "
+            "sequence shard: write it as a rule on positions, Batch(..., rule=Mask(allowed=...))."
+        )
+    if not bool(attention_mask.all()):
+        raise ModelError(
+            "The model was given an attention_mask with padding; give it to the batch instead, as "
+            "Batch.from_tokens(tokens, attention_mask=...), and the shard carries it."
         )
 
 
-def _attention(
+def attend(  # noqa: PLR0913
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -51,74 +54,64 @@ def _attention(
     sequence: SequenceShard | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    slopes: Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
-    """Called by every layer. query: [rows, Hq, local_tokens, D]; returns [rows, local_tokens, Hq, D]."""
+    """Called by every layer: attention of this rank's tokens on the whole sequence.
+
+    query: [rows, Hq, local_tokens, Dk]; key: [rows, Hk, local_tokens, Dk]; value: [rows, Hk, local_tokens, Dv].
+    s_aux: [Hq] attention sinks. slopes: [Hq] of ALiBi. dropout: probability, in training alone.
+    Returns [rows, local_tokens, Hq, Dv]. Raises ModelError for what cannot be honoured.
+    """
     layer = type(module).__name__
     if sequence is None:
         raise ModelError(
             f"{layer} was called without a sequence; after parallelize call the model with "
             "model(**local.inputs, sequence=shard), as shard_batch gives them."
         )
-    if attention_mask is not None:
-        raise ModelError(f"{layer} was given a dense attention_mask; the mask comes with the sequence shard instead.")
-    if sliding_window is not None and sliding_window < sequence.layout.num_tokens:
-        raise ModelError(
-            f"{layer} has a window of {sliding_window}, shorter than the sequence of {sequence.layout.num_tokens} "
-            f"tokens; windows are not supported yet, sequences of up to {sliding_window} tokens are."
-        )
+    no_mask(attention_mask=attention_mask)
     refuse_unknown(layer, asked)
-    return attention(query, key, value, sequence, scale=scaling).transpose(1, 2), None
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal and any(mask.causal for mask in sequence.masks):
+        raise ModelError(
+            f"{layer} asks for attention that is not causal, but the batch's mask is; "
+            "give the batch rule=Mask(causal=False)."
+        )
+    drop = dropout if dropout and module.training else 0.0
+    out = attention(
+        query,
+        key,
+        value,
+        sequence,
+        scale=scaling,
+        window=sliding_window,
+        softcap=softcap or None,
+        slopes=slopes,
+        sinks=s_aux,
+        dropout=drop,
+        layer=_number(module) if drop else 0,
+    )
+    return out.transpose(1, 2), None
+
+
+def _number(module: nn.Module) -> int:
+    """The layer's number, which keys its dropout: two layers of one number would drop the same pairs."""
+    number = getattr(module, "layer_idx", None)
+    if not isinstance(number, int):
+        raise ModelError(
+            f"{type(module).__name__} has no layer_idx to draw its attention dropout from; set the dropout to 0."
+        )
+    return number
 
 
 def refuse_unknown(layer: str, asked: dict[str, Any]) -> None:
     """Raise ModelError for a keyword that would change attention and is not honoured here."""
     for name, given in asked.items():
-        # None, 0 and False are how families say that they do not use an option; causal is what we do.
-        if name in NEUTRAL or (not isinstance(given, Tensor) and (not given or (name, given) == ("is_causal", True))):
-            continue
-        raise ModelError(f"{layer} asks attention for {name}={given}, which is not supported yet; set it to none.")
-    if asked.get("is_causal") is False:
-        raise ModelError(f"{layer} asks for attention that is not causal, which is not supported yet.")
-
-
-class Probe:
-    """Stands in for a shard and counts the layers it reaches."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-
-def _probe_attention(
-    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **asked: Any
-) -> tuple[Tensor, None]:
-    probe = asked.get("sequence")
-    if isinstance(probe, Probe):
-        probe.calls += 1
-    return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
-
-
-def probe(model: PreTrainedModel) -> None:
-    """Run the model's code once on shapes alone and refuse a family that does not hand the shard to attention.
-
-    Without it such a model would quietly attend to its own shard only.
-    """
-    register()
-    build: Callable[..., PreTrainedModel] = type(model)
-    with torch.device("meta"):
-        twin = build(type(model.config).from_dict(model.config.to_dict()))
-        twin.set_attn_implementation(PROBE)
-        witness = Probe()
-        tokens = torch.zeros(1, 2, dtype=torch.int64)
-        try:
-            twin(input_ids=tokens, position_ids=tokens, use_cache=False, sequence=witness)
-            problem = None
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            problem = str(error).splitlines()[0]
-    layers = model.config.num_hidden_layers
-    if problem or witness.calls != layers:
-        reached = f"reached attention in {witness.calls} of {layers} layers" if not problem else f"failed: {problem}"
-        raise ModelError(
-            f"{type(model).__name__} cannot be split: a sequence shard given to its forward {reached}, "
-            "so its attention would not see the other shards; use a family that calls transformers' AttentionInterface."
-        )
+        # None, 0 and False are how families say that they do not use an option.
+        if name not in NEUTRAL and (isinstance(given, Tensor) or given):
+            said = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else given
+            raise ModelError(f"{layer} asks attention for {name}={said}, which is not supported yet; set it to none.")

@@ -43,7 +43,7 @@ def build_model(
     config = AutoConfig.for_model(**{**settings, "dtype": "float32"})
     if weights is None:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config).to(dtype).train()
+        return _typed(AutoModelForCausalLM.from_config(config), dtype)
     try:
         with without_progress_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -59,4 +59,11 @@ def build_model(
             f"The weights in {weights} do not fit the configuration: {lacking[0]} is missing or of another shape "
             f"({len(lacking)} in all); use the config.json that belongs to them."
         )
+    return _typed(model, dtype)
+
+
+def _typed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in training, its weights in `dtype`."""
+    if dtype == torch.float64 and hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # torch's grouped product, the default, has no float64
     return model.to(dtype).train()

@@ -7,7 +7,8 @@ from transformers import PreTrainedModel
 from seqloom.errors import ModelError
 from seqloom.fabric import Axis, Fabric, Pending, broadcast_, start_all_reduce_
 from seqloom.memory import chunked_cross_entropy
-from seqloom.model.adapter import NAME, probe
+from seqloom.model.adapter import attend
+from seqloom.model.probe import connect, probe
 from seqloom.plan import ModelShape, check
 from seqloom.sequence import LocalBatch, SequenceShard
 
@@ -26,9 +27,7 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     """
     shape = ModelShape.from_config(model.config.to_dict())
     check(fabric.plan, shape)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ModelError(f"{name} drops out with p={module.p}, which would depend on the plan; set it to 0.")
+    _refuse_dropout(model)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ModelError(
@@ -36,12 +35,28 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
             "be computed in chunks; merge adapters into it, and give a model with a language modelling head."
         )
     probe(model)
-    model.set_attn_implementation(NAME)
+    connect(model, attend)
     model.to(fabric.device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast_(tensor, fabric.replicas)
     return model
+
+
+def layer_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """Each layer's attention window, for `shard_batch(..., windows=...)`, so that layout=balanced evens them out."""
+    return ModelShape.from_config(model.config.to_dict()).windows
+
+
+def _refuse_dropout(model: PreTrainedModel) -> None:
+    """Raise ModelError where something other than attention drops out: torch draws it anew on every rank."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and not name.endswith("attention_dropout"):  # which attention takes over
+            probability = module.p
+        else:
+            probability = getattr(module, "hidden_dropout", 0.0)  # BLOOM's, a number handed to a function
+        if isinstance(probability, float | int) and probability > 0:
+            raise ModelError(f"{name} drops out with p={probability}, which would depend on the plan; set it to 0.")
 
 
 def token_loss(
@@ -62,7 +77,8 @@ def token_loss(
     hidden = model.base_model(**local.inputs, sequence=shard).last_hidden_state
     head = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
-    summed = chunked_cross_entropy(hidden, head.weight, bias, local.labels, chunk_tokens=chunk_tokens)
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    summed = chunked_cross_entropy(hidden, head.weight, bias, local.labels, chunk_tokens=chunk_tokens, softcap=softcap)
     return summed / max(local.label_count if total is None else total, 1)
 
 

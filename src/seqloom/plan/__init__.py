@@ -1,8 +1,9 @@
 """Plans and their legality. Importing this package leaves torch unloaded."""
 
-from seqloom.plan.legality import check, granularity, legal_plans, nearest, reasons, unsplittable
+from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
-from seqloom.plan.shape import FAMILIES, TINY_SHAPES, ModelShape, fit, read_config
+from seqloom.plan.shape import ModelShape
+from seqloom.plan.tiny import FAMILIES, TINY_SHAPES, fit, read_config
 
 __all__ = [
     "FAMILIES",
@@ -11,10 +12,10 @@ __all__ = [
     "Plan",
     "check",
     "fit",
-    "granularity",
     "legal_plans",
     "nearest",
     "read_config",
     "reasons",
+    "shortest",
     "unsplittable",
 ]

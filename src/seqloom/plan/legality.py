@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import isqrt, lcm, log2
+from math import isqrt, log2
 
 from seqloom.errors import PlanError
 from seqloom.plan.plan import MOST, Plan
@@ -19,9 +19,9 @@ def check(
 
     >>> from seqloom.plan import fit, read_config
     >>> tiny = ModelShape.from_config(fit(read_config("llama"), Plan(), 64, heads=12))
-    >>> check(Plan(ulysses=8), tiny, 64)    # doctest: +ELLIPSIS
+    >>> check(Plan(ulysses=16), tiny, 64)    # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    seqloom.errors.PlanError: 12 query heads cannot be split over ulysses=8 ... Try ring=2 ulysses=4.
+    seqloom.errors.PlanError: ulysses=16 is more than the model's 12 query heads... Try ring=2 ulysses=8.
     """
     found = reasons(plan, model, num_tokens, world=world, batch=batch)
     if found:
@@ -44,12 +44,11 @@ def reasons(
         return [*found, f"A world of {world} processes is not possible; it has 1 to {MOST:,}."]
     if world is not None and plan.world_size != world:
         found.append(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
-    for heads, kind in {model.kv_heads: "key/value", model.heads: "query"}.items():
-        if heads % plan.ulysses:
-            found.append(
-                f"{heads} {kind} heads cannot be split over ulysses={plan.ulysses} "
-                f"(divisors: {_listed(_divisors(heads))})."
-            )
+    if plan.ulysses > model.heads:
+        found.append(
+            f"ulysses={plan.ulysses} is more than the model's {model.heads} query heads, and each rank takes "
+            f"at least one; the largest degree is {model.heads}."
+        )
     if num_tokens is not None:
         found += _length_reasons(model, num_tokens)
     found += unsplittable(plan, num_tokens, batch)
@@ -61,12 +60,10 @@ def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -
     for axis in ("pipeline", "tensor"):
         if getattr(plan, axis) > 1:
             yield f"{axis}={getattr(plan, axis)} is not supported yet; the only degree is 1."
-    parts = granularity(plan)
-    if num_tokens is not None and num_tokens % parts:
-        below, above = num_tokens // parts * parts, -(-num_tokens // parts) * parts
+    if num_tokens is not None and 0 < num_tokens < shortest(plan):
         yield (
-            f"{num_tokens} tokens cannot be split over ring={plan.ring} ulysses={plan.ulysses} layout={plan.layout}, "
-            f"which needs a multiple of {parts} (such as {f'{below} or ' if below else ''}{above})."
+            f"{num_tokens} tokens are too few for ring={plan.ring} ulysses={plan.ulysses} layout={plan.layout} "
+            f"to give each rank at least one; the shortest sequence has {shortest(plan)}."
         )
     if batch is not None and batch < 1:
         yield f"A batch of {batch} sequences is empty; the smallest has 1."
@@ -81,36 +78,40 @@ def _length_reasons(model: ModelShape, num_tokens: int) -> Iterator[str]:
     if num_tokens < 1:
         yield f"A sequence of {num_tokens} tokens is empty; the shortest has 1."
         return
-    if num_tokens > model.max_positions:
+    if model.max_positions is not None and num_tokens > model.max_positions:
         yield (
             f"A sequence of {num_tokens} tokens is longer than the model's {model.max_positions} positions; "
             "use at most so many, or a model that has more."
         )
-    if model.window is not None and model.window < num_tokens:
-        yield (
-            f"The model's attention window of {model.window} is shorter than the {num_tokens} tokens of a sequence; "
-            f"windows are not supported yet, sequences of up to {model.window} tokens are."
-        )
 
 
-def granularity(plan: Plan) -> int:
-    """The sequence length must be a multiple of this many tokens.
+def shortest(plan: Plan) -> int:
+    """The tokens from which on every sequence gives every rank at least one.
 
-    Zigzag deals two equal chunks to each ring rank, and the Ulysses ranks cut what a ring rank
-    holds in equal pieces.
+    A ring rank holds as many tokens as its Ulysses group has ranks, or more. Zigzag deals it two
+    chunks, of which each may be the shorter kind, so an even number of tokens is sure; the blocks of
+    `balanced` may together be short of half an even share.
     """
-    chunks = 2 * plan.ring if plan.layout == "zigzag" and plan.ring > 1 else plan.ring
-    return lcm(chunks, plan.ring * plan.ulysses)
+    if plan.ring == 1:
+        return plan.ulysses
+    each = {"zigzag": plan.ulysses + plan.ulysses % 2, "balanced": 2 * plan.ulysses}
+    return plan.ring * each.get(plan.layout, plan.ulysses)
 
 
 def legal_plans(
     plan: Plan, model: ModelShape, num_tokens: int | None, *, world: int, batch: int | None = None
 ) -> Iterator[Plan]:
-    """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`."""
+    """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`.
+
+    An inner ring that does not divide another ring degree, or is all of it, is left out.
+    """
     for data in _divisors(world):
         for ring in _divisors(world // data):
             ulysses = world // (data * ring)
-            candidate = replace(plan, data=data, pipeline=1, ring=ring, ulysses=ulysses, tensor=1)
+            inner = plan.inner_ring
+            if inner and (ring % inner or ring == inner < plan.ring):
+                inner = None
+            candidate = replace(plan, data=data, pipeline=1, ring=ring, ulysses=ulysses, tensor=1, inner_ring=inner)
             if not reasons(candidate, model, num_tokens, world=world, batch=batch):
                 yield candidate
 

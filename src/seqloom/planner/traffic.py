@@ -1,39 +1,133 @@
 """Bytes each rank sends, from the formulas: what a byte meter must count, no more and no less.
 
-P is the degree, n the tokens a rank of that axis holds while it communicates, Hq and Hk the query
-and key/value heads there, D the head width. Elements sent per rank and layer, even splits:
+For one rank, layer and row of the batch. n(r) are the tokens of ring rank r and N their sum, P the
+ring's degree, Hk the key/value heads this rank attends with, Dk and Dv the widths of keys and values.
+Keys and values of a token are w = Hk (Dk + Dv) elements, sent in the type of the activations; dK and
+dV of a token are w too, in the accumulation type. Tokens' worth of keys and values, and of gradients,
+that rank r sends in each pass:
 
-    ring      forward 2 (P-1) n Hk D            backward 2 (P-1) n Hk D + dKV 2 (P-1) n Hk D
-    gather    forward 2 (P-1) n Hk D            backward the same two, as all-gather and reduce-scatter
-    ulysses   forward (P-1)/P n D (2 Hq + 2 Hk) backward the same
+    exchange  blocks, forward and again backward      gradients, backward
+    ring      N - n(r + 1)                            N - n(r)
+    rsa       the same, keys and values apart         the same, apart
+    gather    (P - 1) n(r)                            N - n(r)
+    needed    what others' queries see of mine        what my queries see of others'
 
-dK and dV travel in the accumulation type, everything else in the type of the activations. The ring
-sends P-1 times, not P: the gradient of a block starts at its first stop and ends at its owner.
-Sources: arXiv 2309.14509 (Ulysses), 2310.01889 (ring), 2407.21783 (all-gather).
+In the ring a rank passes on every block but that of the rank after it, which goes no further, and
+starts or adds to every gradient but its own: P - 1 hops each way. An inner ring of I ranks and O of
+them are such rings, too: the outer of O blocks once, the inner of I blocks O times. `gather`
+sends one's own block to every other rank, and the gradient of every other block to its owner. `rsa`
+sends keys, then values; backward values, then keys, each followed by its gradient.
+
+Ulysses: member u of a group of U holds m(u) tokens between layers, and Hq(u) query and Hk(u) key/value
+heads inside attention. To each other member p it sends, forward, p's heads of its own tokens and its
+own heads' output of p's; backward, gradients the other way, in the type of the activations:
+
+    forward   m(u) (Hq(p) Dk + Hk(p) (Dk + Dv)) + m(p) Hq(u) Dv
+    backward  m(p) (Hq(u) Dk + Hk(u) (Dk + Dv)) + m(u) Hq(p) Dv
+
+With even splits and one width D that is 2 (P - 1) n Hk D for a pass around the ring, and
+(U - 1) / U m D (2 Hq + 2 Hk) for Ulysses, with all heads. Sources: arXiv 2309.14509 (Ulysses),
+2310.01889 (ring), 2406.18485 (double ring), 2407.21783 (all-gather), 2105.13120 (rsa).
 """
 
+from collections import Counter
+from collections.abc import Sequence
+
+from seqloom.geometry import HeadSplit, Layout, Mask, Span, even_bounds, total
 from seqloom.plan import ModelShape, Plan
 
 
 def attention_bytes(
-    plan: Plan, model: ModelShape, num_tokens: int, *, rows: int = 1, item_bytes: int = 4, accumulate_bytes: int = 4
+    plan: Plan,
+    model: ModelShape,
+    num_tokens: int,
+    *,
+    ring_rank: int = 0,
+    ulysses_rank: int = 0,
+    masks: Sequence[Mask] = (Mask(),),
+    layout: Layout | None = None,
+    item_bytes: int = 4,
+    accumulate_bytes: int = 4,
+    value_dim: int | None = None,
 ) -> dict[str, dict[str, int]]:
     """Bytes one rank sends in one attention layer, as {axis: {"forward": ..., "backward": ...}}.
 
-    num_tokens: length of a global sequence, divisible as the plan asks. rows: sequences of one
-    local micro-batch. item_bytes: size of an activation element; accumulate_bytes: of a gradient
-    on its way around the ring (at least 4).
+    The axes are ring (outer_ring and inner_ring where the plan has an inner ring) and ulysses.
+
+    num_tokens: length of a global sequence. masks: of this rank's rows in this layer, one each; only
+    `exchange=needed` and `layout=balanced` look at more than their number. layout: who holds which
+    tokens, by default the plan's, evened out over `masks` where it is balanced. item_bytes: size of an
+    activation element; accumulate_bytes: of a gradient that is summed on its way (at least 4).
+    value_dim: width of a value head, by default that of the others.
     """
-    ring, ulysses = plan.ring, plan.ulysses
-    width = model.head_dim * rows
-    held = num_tokens // ring  # tokens a ring rank holds once its Ulysses group has traded heads
-    blocks = 2 * (ring - 1) * held * (model.kv_heads // ulysses) * width
-    mine = num_tokens // (ring * ulysses)
-    traded = (ulysses - 1) * mine * width * (2 * model.heads + 2 * model.kv_heads) // ulysses
-    return {
-        "ring": {"forward": blocks * item_bytes, "backward": blocks * (item_bytes + accumulate_bytes)},
-        "ulysses": {"forward": traded * item_bytes, "backward": traded * item_bytes},
-    }
+    layout = layout or Layout(plan.layout, num_tokens, plan.ring, plan.ulysses, tuple(masks))
+    heads = HeadSplit(model.heads, model.kv_heads, plan.ulysses)
+    key_dim, value_dim = model.head_dim, value_dim or model.head_dim
+    width = heads.keys(ulysses_rank).size * (key_dim + value_dim)
+    sent = {}
+    for axis, (blocks, gradients) in _ring_tokens(plan, layout, masks, ring_rank).items():
+        forward = blocks * width * item_bytes
+        sent[axis] = {"forward": forward, "backward": forward + gradients * width * accumulate_bytes}
+    members = even_bounds(total(layout.ring_spans[ring_rank]), plan.ulysses)
+    forward, backward = _ulysses_elements(heads, members, ulysses_rank, key_dim, value_dim)
+    rows = len(masks)
+    sent["ulysses"] = {"forward": rows * forward * item_bytes, "backward": rows * backward * item_bytes}
+    return sent
+
+
+def _ring_tokens(plan: Plan, layout: Layout, masks: Sequence[Mask], rank: int) -> dict[str, tuple[int, int]]:
+    """By axis: how many tokens' keys and values a rank sends in a pass, and how many tokens' gradients; all rows."""
+    spans, rows = layout.ring_spans, len(masks)
+    held = [total(part) for part in spans]
+    if plan.exchange == "needed":
+        others = [part for part in range(plan.ring) if part != rank]
+        return {
+            "ring": (
+                sum(_seen(masks, spans[other], spans[rank]) for other in others),
+                sum(_seen(masks, spans[rank], spans[other]) for other in others),
+            )
+        }
+    if plan.exchange == "gather":
+        return {"ring": (rows * (plan.ring - 1) * held[rank], rows * (sum(held) - held[rank]))}
+    outer, inner = plan.rings
+    grid = [held[o * inner : (o + 1) * inner] for o in range(outer)]
+    mine, place = divmod(rank, inner)
+    column = [row[place] for row in grid]
+    across = rows * (sum(column) - column[(mine + 1) % outer]), rows * (sum(column) - column[mine])
+    around = (
+        rows * sum(sum(row) - row[(place + 1) % inner] for row in grid),
+        rows * sum(sum(row) - row[place] for row in grid),
+    )
+    return {"ring": around} if outer == 1 else {"outer_ring": across, "inner_ring": around}
+
+
+def _seen(masks: Sequence[Mask], queries: Sequence[Span], keys: Sequence[Span]) -> int:
+    """How many tokens of a key block some query of a query block sees, summed over rows."""
+    return sum(rows * total(mask.needed(queries, keys)) for mask, rows in Counter(masks).items())
+
+
+def _ulysses_elements(
+    heads: HeadSplit, members: Sequence[int], mine: int, key_dim: int, value_dim: int
+) -> tuple[int, int]:
+    """Elements of a row that member `mine` sends forward and backward; members: where each one's tokens end."""
+
+    def arriving(part: int) -> int:
+        """Elements of q, k and v that a token is to a member."""
+        return heads.queries(part).size * key_dim + heads.keys(part).size * (key_dim + value_dim)
+
+    def leaving(part: int) -> int:
+        """Elements of the output that a token is to it."""
+        return heads.queries(part).size * value_dim
+
+    forward = backward = 0
+    own = members[mine + 1] - members[mine]
+    for peer in range(heads.parts):
+        if peer == mine:
+            continue
+        theirs = members[peer + 1] - members[peer]
+        forward += own * arriving(peer) + theirs * leaving(mine)
+        backward += theirs * arriving(mine) + own * leaving(peer)
+    return forward, backward
 
 
 def all_reduce_bytes(num_bytes: int, degree: int) -> int:

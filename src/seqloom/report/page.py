@@ -213,6 +213,8 @@ def works(layout: Layout) -> tuple[figures.Work, ...]:
 
 CARRIES = {
     "ring": "keys and values along a row, and their gradients back",
+    "inner_ring": "keys and values among neighbours of a row, and their gradients back",
+    "outer_ring": "keys and values between the neighbourhoods of a row, and their gradients back",
     "ulysses": "tokens traded for heads down a column, and back",
     "replicas": "gradients summed over all ranks that hold the same weights",
 }
@@ -246,17 +248,21 @@ def traffic(folder: Folder) -> tuple[Traffic, ...]:
         plan,
         shape,
         run.num_tokens,
-        rows=run.batch // plan.data,
+        masks=(Mask(),) * (run.batch // plan.data),
         item_bytes=item,
         accumulate_bytes=max(item, 4),
     )
     times = shape.layers * run.accumulate
     each = f"{shape.layers} layers" + (f" x {run.accumulate} micro-batches" if run.accumulate > 1 else "")
-    known: dict[str, tuple[int, str, int]] = {}
-    for axis, degree in (("ring", plan.ring), ("ulysses", plan.ulysses)):
-        forward, backward = layer[axis]["forward"] * (1 + run.gradient_checkpointing), layer[axis]["backward"]
+    known: dict[str, tuple[int, str, int | None]] = {}
+    outer, inner = plan.rings
+    degrees = {"ring": plan.ring, "outer_ring": outer, "inner_ring": inner, "ulysses": plan.ulysses}
+    for axis, passes in layer.items():
+        forward, backward = passes["forward"] * (1 + run.gradient_checkpointing), passes["backward"]
         how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward)"
-        known[axis] = degree, how, times * (forward + backward)
+        known[axis] = degrees[axis], how, times * (forward + backward)
+        if degrees[axis] > 1 and (plan.layout == "balanced" or (axis == "ring" and plan.exchange == "needed")):
+            known[axis] = degrees[axis], "as much as the documents of each batch need", None
     replicas = plan.data * plan.ring * plan.ulysses
     gradients = run.parameters * max(item, 4)
     how = f"2 ({replicas} - 1) / {replicas} of {said_bytes(gradients)} of gradients"
@@ -265,11 +271,13 @@ def traffic(folder: Folder) -> tuple[Traffic, ...]:
     return tuple(_axis_traffic(axis, known.get(axis), steps) for axis in (*known, *sorted(seen - known.keys())))
 
 
-def _axis_traffic(axis: str, known: tuple[int, str, int] | None, steps: Sequence[Step]) -> Traffic:
+def _axis_traffic(axis: str, known: tuple[int, str, int | None] | None, steps: Sequence[Step]) -> Traffic:
     sent = [step.sent_bytes.get(axis, 0) for step in steps]
     if known is None:
         return Traffic(axis, None, "", "small sums, such as the loss; no formula", max(sent), None, 0)
     degree, how, formula = known
+    if formula is None:
+        return Traffic(axis, degree, CARRIES[axis], how, max(sent), None, 0)
     farthest = max(sent, key=lambda count: abs(count - formula))
     if degree == 1:
         how = "one rank has nobody to send to"

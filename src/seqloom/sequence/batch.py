@@ -1,7 +1,7 @@
-"""The data contract: tokens, labels shifted already, and where documents end."""
+"""The data contract: tokens, labels shifted already, where documents end, and who may see whom."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,11 +21,19 @@ class Batch:
     labels: [rows, num_tokens], int64: what position i predicts, so the token at i + 1, or NO_LABEL.
         They are shifted here, before any split: a shard's last token has its label like any other.
     documents: for each row the lengths of the documents packed into it, or None for one document a row.
+    padding: for each row the numbers of those documents that are padding.
+    rule: what holds inside a document, for every row: causal, window, prefix, allowed.
+    first_row: the number of the first row in the order of the run's data, and seed: what dropout draws
+        from besides positions, so that each row draws afresh, whatever the plan and the batch size.
     """
 
     tokens: Tensor
     labels: Tensor
     documents: tuple[tuple[int, ...], ...] | None = None
+    padding: tuple[tuple[int, ...], ...] | None = None
+    rule: Mask = Mask()
+    first_row: int = 0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, ids in (("tokens", self.tokens), ("labels", self.labels)):
@@ -38,8 +46,14 @@ class Batch:
             raise DataError(f"Labels of shape {tuple(self.labels.shape)} do not fit tokens {tuple(self.tokens.shape)}.")
         if bool(((self.labels < 0) & (self.labels != NO_LABEL)).any()):
             raise DataError(f"A label is negative but not {NO_LABEL}; mark positions without a label by {NO_LABEL}.")
+        if self.rule.documents is not None:
+            raise DataError("The rule of a batch holds for every row; name the documents of each row in `documents`.")
         if self.documents is None:
+            if self.padding is not None:
+                raise DataError("Padding is named by document, but no documents are; from_tokens finds both.")
             return
+        if self.padding is not None and len(self.padding) != rows:
+            raise DataError(f"Padding is given for {len(self.padding)} rows, but the batch has {rows}.")
         if len(self.documents) != rows:
             raise DataError(f"Document lengths are given for {len(self.documents)} rows, but the batch has {rows}.")
         for row, lengths in enumerate(self.documents):
@@ -50,14 +64,32 @@ class Batch:
                 )
 
     @classmethod
-    def from_tokens(cls, tokens: Tensor, documents: Sequence[Sequence[int]] | None = None) -> "Batch":
-        """Make the labels: each token is the label of the one before it in its document."""
+    def from_tokens(
+        cls,
+        tokens: Tensor,
+        documents: Sequence[Sequence[int]] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        rule: Mask = Mask(),
+        first_row: int = 0,
+        seed: int = 0,
+    ) -> "Batch":
+        """Make the labels: each token is the label of the one before it in its document.
+
+        attention_mask: [rows, num_tokens], 0 where a token is padding, before or after each document's
+        tokens; padding has no labels, sees nothing and is not seen. The rest as in `Batch`.
+        """
         lengths = None if documents is None else tuple(tuple(row) for row in documents)
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
-        batch = cls(tokens, labels, lengths)  # refuses lengths that do not fit, before they cut the labels
-        for row, row_lengths in enumerate(lengths or ()):
+        # Made before the labels are cut, since it refuses lengths that do not fit.
+        batch = cls(tokens, labels, lengths, None, rule, first_row, seed)
+        if attention_mask is not None:
+            batch = replace(batch, **_padded(attention_mask, batch))
+        for row, row_lengths in enumerate(batch.documents or ()):
             labels[row, torch.tensor(row_lengths).cumsum(0) - 1] = NO_LABEL
+            if batch.padding and batch.padding[row]:
+                labels[row][attention_mask[row].cpu() == 0] = NO_LABEL
         return batch
 
     @property
@@ -72,7 +104,9 @@ class Batch:
 
     def mask(self, row: int) -> Mask:
         """Who sees whom in a row."""
-        return Mask(documents=self.documents[row]) if self.documents else Mask()
+        if self.documents is None:
+            return self.rule
+        return replace(self.rule, documents=self.documents[row], padding=self.padding[row] if self.padding else ())
 
     def positions(self) -> Tensor:
         """[rows, num_tokens]: the position of each token inside its document."""
@@ -81,3 +115,31 @@ class Batch:
             sizes = torch.tensor(lengths)
             positions[row] -= (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
         return positions
+
+
+def _padded(attention_mask: Tensor, batch: Batch) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The documents of a batch cut at its padding, and which of the pieces are padding."""
+    if attention_mask.shape != batch.tokens.shape:
+        raise DataError(
+            f"The attention_mask is {list(attention_mask.shape)}, but the tokens are {list(batch.tokens.shape)}; give "
+            "one 0 or 1 a token, and any other mask as Batch(rule=Mask(...))."
+        )
+    documents, padding = [], []
+    for row, kept in enumerate((attention_mask != 0).cpu()):
+        pieces: list[int] = []
+        blank: list[int] = []
+        for part in kept.split(list(batch.documents[row]) if batch.documents else [batch.num_tokens]):
+            held = part.nonzero().flatten().tolist()
+            first, stop = (held[0], held[-1] + 1) if held else (len(part), len(part))
+            if stop - first != len(held):
+                raise DataError(
+                    f"Row {row} of the attention_mask has padding in the midst of a document; put it before or after "
+                    "the tokens, or forbid those positions by Batch(rule=Mask(allowed=...))."
+                )
+            for size, is_padding in ((first, True), (stop - first, False), (len(part) - stop, True)):
+                if size:
+                    blank += [len(pieces)] * is_padding
+                    pieces.append(size)
+        documents.append(tuple(pieces))
+        padding.append(tuple(blank))
+    return {"documents": tuple(documents), "padding": tuple(padding)}

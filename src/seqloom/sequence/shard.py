@@ -1,6 +1,8 @@
 """What one rank holds of a batch, and the value that tells attention how the rest is spread."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -9,17 +11,21 @@ from torch import Tensor
 
 from seqloom.errors import DataError, PlanError
 from seqloom.fabric import Axis, Fabric, all_reduce_
-from seqloom.geometry import Layout, Mask, Span, Tile
+from seqloom.geometry import Layout, Mask, Span, Tile, even_bounds, total
 from seqloom.plan import unsplittable
 from seqloom.sequence.batch import Batch
 
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Consecutive rows of a batch that share a mask, and the tiles to compute for them."""
+    """Consecutive rows of a batch that share a mask, and the tiles to compute for them.
+
+    allowed: `Mask.allowed`, to be asked inside each tile.
+    """
 
     rows: Span
     tiles: tuple[Tile, ...]
+    allowed: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -27,34 +33,73 @@ class SequenceShard:
     """How the sequences of a batch are spread and masked; travels with the batch to attention.
 
     masks: one mask a local row. layout: which rank holds which positions. ring, ulysses: the axes
-    that attention communicates over. exchange: `Plan.exchange`.
+    that attention communicates over; outer x inner is the ring once more, as a double ring takes it.
+    exchange: `Plan.exchange`. seed, first_row: what dropout draws from; first_row is the number of
+    the first local row in the run's data.
     """
 
     masks: tuple[Mask, ...]
     layout: Layout
     ring: Axis
+    outer: Axis
+    inner: Axis
     ulysses: Axis
     exchange: str
-    work: tuple[tuple[RowTiles, ...], ...] = field(init=False, repr=False)
-    """For each ring rank, the tiles between this ring rank's queries and that one's keys."""
+    seed: int = 0
+    first_row: int = 0
+    _made: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
-    def __post_init__(self) -> None:
-        spans = self.layout.ring_spans
-        groups = [(first, last, self.masks[first]) for first, last in _runs(self.masks)]
-        work = tuple(
-            tuple(
-                RowTiles(Span(first, last), tiles)
-                for first, last, mask in groups
-                if (tiles := mask.tiles(spans[self.ring.rank], keys))
-            )
-            for keys in spans
-        )
-        object.__setattr__(self, "work", work)
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first call with this key: layers share what they all need."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The global positions this rank holds, in order."""
         return self.layout.shard(self.ring.rank, self.ulysses.rank)
+
+    @property
+    def ring_tokens(self) -> tuple[int, ...]:
+        """How many tokens each ring rank holds, its Ulysses group together."""
+        return self.once("ring_tokens", lambda: tuple(map(total, self.layout.ring_spans)))
+
+    @property
+    def group_tokens(self) -> tuple[int, ...]:
+        """How many tokens each rank of this rank's Ulysses group holds."""
+        bounds = even_bounds(self.ring_tokens[self.ring.rank], self.ulysses.size)
+        return tuple(stop - start for start, stop in pairwise(bounds))
+
+    def row_masks(self, window: int | None = None) -> tuple[tuple[Span, Mask], ...]:
+        """The local rows in runs of one mask each, within a layer's window."""
+        starts = [i for i in range(len(self.masks)) if i == 0 or self.masks[i] != self.masks[i - 1]]
+        stops = [*starts[1:], len(self.masks)]
+        return tuple(
+            (Span(start, stop), self.masks[start].within(window)) for start, stop in zip(starts, stops, strict=True)
+        )
+
+    def work(self, window: int | None = None) -> tuple[tuple[RowTiles, ...], ...]:
+        """For each ring rank, the tiles between this ring rank's queries and that one's keys.
+
+        window: of the layer that asks; the tighter of it and the masks' own holds.
+        """
+        return self.once(("work", window), lambda: tuple(self._tiles(keys, window) for keys in self.layout.ring_spans))
+
+    def _tiles(self, keys: tuple[Span, ...], window: int | None) -> tuple[RowTiles, ...]:
+        queries = self.layout.ring_spans[self.ring.rank]
+        return tuple(
+            RowTiles(rows, tiles, mask.allowed)
+            for rows, mask in self.row_masks(window)
+            if (tiles := mask.tiles(queries, keys))
+        )
+
+    def positions(self, owner: int, device: torch.device) -> Tensor:
+        """[tokens] int64: the global positions of what ring rank `owner` holds, in order."""
+        spans = self.layout.ring_spans[owner]
+        return self.once(
+            ("positions", owner, device), lambda: torch.cat([torch.arange(*span) for span in spans]).to(device)
+        )
 
 
 @dataclass(frozen=True)
@@ -76,11 +121,14 @@ class LocalBatch:
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False}
 
 
-def shard_batch(batch: Batch, fabric: Fabric) -> tuple[LocalBatch, SequenceShard]:
+def shard_batch(
+    batch: Batch, fabric: Fabric, *, windows: tuple[int | None, ...] = (None,)
+) -> tuple[LocalBatch, SequenceShard]:
     """Take this rank's part: rows over data, tokens over ring x ulysses.
 
-    Every rank passes the same global batch. Raises DataError when it does not, and PlanError when
-    rows or tokens cannot be split.
+    Every rank passes the same global batch. windows: those of the model's layers, as
+    `ModelShape.windows` holds them, for layout=balanced to even out. Raises DataError when the ranks
+    pass different batches, and PlanError when rows or tokens cannot be split.
     """
     plan = fabric.plan
     reasons = list(unsplittable(plan, batch.num_tokens, len(batch.tokens)))
@@ -89,12 +137,18 @@ def shard_batch(batch: Batch, fabric: Fabric) -> tuple[LocalBatch, SequenceShard
     _same_everywhere(batch, fabric)
     rows = len(batch.tokens) // plan.data
     mine = slice(fabric.data.rank * rows, (fabric.data.rank + 1) * rows)
+    masks = tuple(batch.mask(row) for row in range(mine.start, mine.stop))
+    even = tuple(mask.within(window) for window in windows for mask in masks) if plan.layout == "balanced" else ()
     shard = SequenceShard(
-        masks=tuple(batch.mask(row) for row in range(mine.start, mine.stop)),
-        layout=Layout(plan.layout, batch.num_tokens, plan.ring, plan.ulysses),
+        masks=masks,
+        layout=Layout(plan.layout, batch.num_tokens, plan.ring, plan.ulysses, even),
         ring=fabric.ring,
+        outer=fabric.outer,
+        inner=fabric.inner,
         ulysses=fabric.ulysses,
         exchange=plan.exchange,
+        seed=batch.seed,
+        first_row=batch.first_row + mine.start,
     )
     held = torch.cat([torch.arange(*span) for span in shard.spans])
     parts = (part[mine].index_select(1, held).to(fabric.device) for part in _columns(batch))
@@ -108,7 +162,11 @@ def _columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _same_everywhere(batch: Batch, fabric: Fabric) -> None:
     """Refuse ranks that come with different batches: attention would mix their sequences unnoticed."""
     content = crc32(batch.labels.cpu().numpy().tobytes(), crc32(batch.tokens.cpu().numpy().tobytes()))
-    content = crc32(repr((batch.documents, tuple(batch.tokens.shape))).encode(), content)
+    rule = [getattr(batch.rule, f.name) for f in fields(batch.rule) if f.name != "allowed"]
+    # A function's address differs by process; its name does not.
+    rule.append(getattr(batch.rule.allowed, "__qualname__", type(batch.rule.allowed).__name__))
+    said = (batch.documents, batch.padding, rule, batch.first_row, batch.seed, tuple(batch.tokens.shape))
+    content = crc32(repr(said).encode(), content)
     extremes = torch.tensor([content, -content], device=fabric.device)
     high, low = all_reduce_(extremes, fabric.world, "max").tolist()
     if high != -low:
@@ -116,9 +174,3 @@ def _same_everywhere(batch: Batch, fabric: Fabric) -> None:
             "The ranks were given different batches; every rank passes the same global batch to shard_batch, "
             "which takes its part (seed every rank's data order alike)."
         )
-
-
-def _runs(masks: tuple[Mask, ...]) -> list[tuple[int, int]]:
-    """The [first, last) of each run of equal masks."""
-    starts = [i for i in range(len(masks)) if i == 0 or masks[i] != masks[i - 1]]
-    return list(zip(starts, [*starts[1:], len(masks)], strict=True))

@@ -2,7 +2,7 @@
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -135,9 +135,13 @@ class _Run:
 
     def _batches(self, step: int) -> list[Batch]:
         """The global micro-batches of a step; they depend on the data order and the step alone."""
-        train = self.config.train
-        numbers = order(self.config.data.seed, self.text.num_sequences, step * train.batch, train.batch)
-        return [self.text.batch(part) for part in numbers.reshape(train.accumulate, train.micro_batch)]
+        train, seed, first = self.config.train, self.config.data.seed, step * self.config.train.batch
+        numbers = order(seed, self.text.num_sequences, first, train.batch)
+        # Dropout draws by a row's place in the order of data, which no plan changes.
+        return [
+            replace(self.text.batch(part), first_row=first + micro * train.micro_batch, seed=seed)
+            for micro, part in enumerate(numbers.reshape(train.accumulate, train.micro_batch))
+        ]
 
     def _save(self, step: int) -> None:
         progress = Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config))

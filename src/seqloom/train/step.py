@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import sum_gradients, token_loss
+from seqloom.model import layer_windows, sum_gradients, token_loss
 from seqloom.sequence import Batch, shard_batch
 
 
@@ -47,7 +47,7 @@ def compute_gradients(
     share = torch.zeros((), dtype=torch.float64, device=fabric.device)
     model.zero_grad()
     for batch in micro_batches:
-        local, shard = shard_batch(batch, fabric)
+        local, shard = shard_batch(batch, fabric, windows=layer_windows(model))
         with computing(precision, fabric.device):
             loss = token_loss(model, local, shard, total=total, chunk_tokens=chunk_tokens)
         loss.backward()

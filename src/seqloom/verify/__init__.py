@@ -1,6 +1,7 @@
 """Proof that a split run equals one device."""
 
 from seqloom.verify.compare import MEASURES, Verdict
+from seqloom.verify.parting import Parting
 from seqloom.verify.verify import Case, verify, verify_here
 
-__all__ = ["MEASURES", "Case", "Verdict", "verify", "verify_here"]
+__all__ = ["MEASURES", "Case", "Parting", "Verdict", "verify", "verify_here"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.verify.oracle import Trajectory
+from seqloom.verify.parting import Parting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class Verdict:
     loss_error, gradient_norm_error: relative, the worst over the steps. worst_gradient_error: over
     all parameters and ranks, |g - ref| / max(|ref|, 1e-6 |all g|), in norms, at the first step;
     worst_parameter has it. parameter_error: likewise of the parameters after all steps. parameters:
-    the five worst gradients, as {"name": ..., "gradient_error": ...}.
+    the five worst gradients, as {"name": ..., "gradient_error": ...}. parting: where the runs part
+    first, when they do. dropouts_off: the configuration's dropouts, all of which verify sets to 0.
     """
 
     plan: str
@@ -56,6 +58,8 @@ class Verdict:
     worst_parameter: str
     parameter_error: float
     parameters: tuple[dict[str, str | float], ...] = ()
+    parting: Parting | None = None
+    dropouts_off: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
@@ -71,8 +75,8 @@ def compare(run: Trajectory, reference: Trajectory, fabric: Fabric, dtype: str) 
     """
     measure = MEASURES[dtype]
     names = list(reference.gradients)
-    gradient_errors = _errors(run.gradients, reference.gradients, measure.floor, fabric)
-    parameter_errors = _errors(run.parameters, reference.parameters, measure.floor, fabric)
+    gradient_errors = tensor_errors(run.gradients, reference.gradients, measure.floor, fabric)
+    parameter_errors = tensor_errors(run.parameters, reference.parameters, measure.floor, fabric)
     worst = int(gradient_errors.argmax())
     return Verdict(
         plan=str(fabric.plan),
@@ -80,8 +84,8 @@ def compare(run: Trajectory, reference: Trajectory, fabric: Fabric, dtype: str) 
         dtype=dtype,
         steps=len(reference.losses),
         tolerance=measure.tolerance,
-        loss_error=_relative(run.losses, reference.losses, fabric),
-        gradient_norm_error=_relative(run.norms, reference.norms, fabric),
+        loss_error=number_error(run.losses, reference.losses, fabric),
+        gradient_norm_error=number_error(run.norms, reference.norms, fabric),
         worst_gradient_error=gradient_errors[worst].item(),
         worst_parameter=names[worst],
         parameter_error=parameter_errors.max().item(),
@@ -92,7 +96,7 @@ def compare(run: Trajectory, reference: Trajectory, fabric: Fabric, dtype: str) 
     )
 
 
-def _errors(actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float, fabric: Fabric) -> Tensor:
+def tensor_errors(actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float, fabric: Fabric) -> Tensor:
     """[tensors] float64: the error of each tensor, the worst over all ranks; infinite where one is not finite."""
     whole = torch.stack([tensor.double().norm() for tensor in expected.values()]).norm()
     errors = [
@@ -103,7 +107,7 @@ def _errors(actual: dict[str, Tensor], expected: dict[str, Tensor], floor: float
     return all_reduce_(stacked, fabric.world, "max")
 
 
-def _relative(actual: list[float], expected: list[float], fabric: Fabric) -> float:
+def number_error(actual: list[float], expected: list[float], fabric: Fabric) -> float:
     """The relative error of numbers, the worst over all of them and all ranks; infinite where one is not finite."""
     run, reference = (
         torch.tensor(numbers, dtype=torch.float64, device=fabric.device) for numbers in (actual, expected)

@@ -3,8 +3,11 @@
 Nothing of seqloom's attention, sharding or loss is in it; masks are written out from their definition.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -12,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
+from seqloom.errors import ModelError
 from seqloom.sequence import NO_LABEL, Batch
 from seqloom.train import computing
 
@@ -30,13 +34,70 @@ class Trajectory:
     parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
-def dense_mask(batch: Batch, row: int, dtype: torch.dtype) -> Tensor:
-    """[1, 1, S, S]: 0 where a query (dim 2) may see a key (dim 3), the least number of the type elsewhere."""
+def visible(batch: Batch, row: int, window: int | None = None) -> Tensor:
+    """[S, S] bool: whether a query (dim 0) may see a key (dim 1) in a layer of this window: the definition.
+
+    Same document, and that no padding; among these the document's prefix, or what is neither later
+    (where the rule is causal) nor `window` or more away; and all of it only where the rule allows.
+    """
     lengths = batch.documents[row] if batch.documents else (batch.num_tokens,)
-    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    sizes = torch.tensor(lengths)
+    document = torch.arange(len(lengths)).repeat_interleave(sizes)
     position = torch.arange(batch.num_tokens)
-    visible = (document[:, None] == document) & (position <= position[:, None])
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+    inside = position - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    q, k = position[:, None], position[None, :]
+    near = torch.ones(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
+    for width in (batch.rule.window, window):
+        if width is not None:
+            near &= (q - k).abs() < width
+    if batch.rule.causal:
+        near &= k <= q
+    seen = (document[:, None] == document) & (near | (inside[None, :] < batch.rule.prefix))
+    if batch.rule.allowed is not None:
+        seen &= batch.rule.allowed(q, k)
+    for number in batch.padding[row] if batch.padding else ():
+        seen &= (document != number)[:, None]
+    return seen
+
+
+def dense_mask(batch: Batch, row: int, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """[1, 1, S, S]: 0 where a query (dim 2) may see a key (dim 3), the least number of the type elsewhere."""
+    seen = visible(batch, row, window)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def layer_masks(model: PreTrainedModel, batch: Batch, row: int) -> Tensor | dict[str, Tensor]:
+    """The dense mask of every layer, in the form the family takes: one for all, or one for each type of layer."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = {module.layer_type for module in model.modules() if isinstance(getattr(module, "layer_type", None), str)}
+    if unknown := kinds - {"full_attention", "sliding_attention"}:
+        raise ModelError(f"Layers of type {', '.join(sorted(unknown))} have no reference yet; use another model.")
+    if not kinds:
+        return dense_mask(batch, row, model.dtype, window).to(model.device)
+    windows = {"full_attention": None, "sliding_attention": window}
+    return {kind: dense_mask(batch, row, model.dtype, windows[kind]).to(model.device) for kind in kinds}
+
+
+def one_device_logits(model: PreTrainedModel, batch: Batch, row: int, *, precision: str) -> Tensor:
+    """[1, S, vocab]: the whole row through the model's own code."""
+    part = slice(row, row + 1)
+    mask = layer_masks(model, batch, row)
+    given = {} if model.config.model_type == "bloom" else {"attention_mask": mask}
+    with _bloom_mask(model, mask), computing(precision, model.device):
+        return model(
+            input_ids=batch.tokens[part].to(model.device),
+            position_ids=batch.positions()[part].to(model.device),
+            use_cache=False,
+            **given,
+        ).logits
+
+
+def _bloom_mask(model: PreTrainedModel, mask: object) -> AbstractContextManager[object]:
+    """BLOOM takes no dense mask: while this is entered, the mask that it makes for itself is the one given."""
+    if model.config.model_type != "bloom":
+        return nullcontext()
+    return patch.object(sys.modules[type(model).__module__], "create_causal_mask", lambda **_: mask)
 
 
 def one_device_steps(
@@ -55,16 +116,10 @@ def one_device_steps(
         model.zero_grad()
         loss = 0.0
         for batch, row in _rows(micro_batches):
-            part = slice(row, row + 1)
-            with computing(precision, model.device):
-                logits = model(
-                    input_ids=batch.tokens[part],
-                    position_ids=batch.positions()[part],
-                    attention_mask=dense_mask(batch, row, model.dtype),
-                    use_cache=False,
-                ).logits
+            logits = one_device_logits(model, batch, row, precision=precision)
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-            share = cross_entropy(wide, batch.labels[row], ignore_index=NO_LABEL, reduction="sum") / total
+            labels = batch.labels[row].to(model.device)
+            share = cross_entropy(wide, labels, ignore_index=NO_LABEL, reduction="sum") / total
             share.backward()
             loss += share.item()
         run.losses.append(loss)

@@ -1,7 +1,7 @@
 """Prove that a plan computes what one device computes: same model, same weights, same batches."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from seqloom.errors import DataError, ModelError
+from seqloom.errors import DataError, ModelError, NumericsError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
+from seqloom.geometry import Mask
 from seqloom.model import build_model, parallelize
 from seqloom.plan import ModelShape, Plan, check
+from seqloom.plan.dropout import without_dropout
 from seqloom.sequence import Batch
 from seqloom.train import apply_gradients, compute_gradients
-from seqloom.verify.compare import MEASURES, Verdict, compare
+from seqloom.verify.compare import MEASURES, Verdict, compare, number_error, tensor_errors
 from seqloom.verify.lift import Float64Islands
-from seqloom.verify.oracle import Trajectory, one_device_steps
+from seqloom.verify.oracle import Trajectory, one_device_steps, visible
+from seqloom.verify.parting import Parting, first_parting, later_parting
 
 LEARNING_RATE = 1e-3
 CLIP = 1.0
@@ -32,7 +35,9 @@ class Case:
     config: a Hugging Face configuration. weights: a folder with the model's weights, or None for
     random ones. num_tokens: length of a sequence. batch: rows of a micro-batch on each data rank.
     accumulate: micro-batches a step. steps: optimizer steps (AdamW, clipped). documents: lengths
-    packed into each row. dtype: float64, float32 or bf16 (autocast).
+    packed into each row. rule: who sees whom inside a document, as `Batch.rule`; its `allowed` must
+    be a module-level function, since it travels to processes. dtype: float64, float32 or bf16 (autocast).
+    The configuration's dropouts are set to 0: no reference drops out what a split run does.
     """
 
     config: Mapping[str, Any]
@@ -43,6 +48,7 @@ class Case:
     accumulate: int = 1
     steps: int = 1
     documents: tuple[int, ...] | None = None
+    rule: Mask = Mask()
     dtype: str = "float64"
     seed: int = 0
 
@@ -53,9 +59,20 @@ class Case:
         for name in ("batch", "accumulate", "steps", "num_tokens"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        check(self.plan, ModelShape.from_config(self.config), self.num_tokens)
+        check(self.plan, ModelShape.from_config(self.settings), self.num_tokens)
+        blind = self.rule.allowed is not None and not visible(self.batches()[0][0], 0).any(1).all()
+        if blind:
+            raise DataError(
+                "The rule allows some tokens to see nothing, of which transformers' attention makes an average of "
+                "everything; allow each token at least itself."
+            )
         if not all(sum(batch.label_count for batch in step) for step in self.batches()):
             raise DataError("No token predicts another, since every document is one token long; give longer documents.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration without its dropouts."""
+        return without_dropout(self.config)[0]
 
     def batches(self) -> list[list[Batch]]:
         """For each step its global micro-batches of random tokens."""
@@ -65,7 +82,9 @@ class Case:
         vocab = self.config["vocab_size"]
         return [
             [
-                Batch.from_tokens(torch.randint(vocab, (rows, self.num_tokens), generator=random), documents)
+                Batch.from_tokens(
+                    torch.randint(vocab, (rows, self.num_tokens), generator=random), documents, rule=self.rule
+                )
                 for _ in range(self.accumulate)
             ]
             for _ in range(self.steps)
@@ -74,7 +93,7 @@ class Case:
     def model(self) -> PreTrainedModel:
         """The model, the same on every rank, in float32 or float64."""
         dtype = torch.float64 if self.dtype == "float64" else torch.float32
-        return build_model(self.config, weights=self.weights, dtype=dtype, seed=self.seed)
+        return build_model(self.settings, weights=self.weights, dtype=dtype, seed=self.seed)
 
 
 def verify(case: Case) -> Verdict:
@@ -92,9 +111,27 @@ def verify_here(case: Case) -> Verdict:
     fabric = Fabric.build(case.plan)
     with Float64Islands() if case.dtype == "float64" else nullcontext():
         reference = _reference(case, fabric)
-        verdict = compare(_split(case, fabric), reference, fabric, case.dtype)
+        run = _split(case, fabric)
+        verdict = compare(run, reference, fabric, case.dtype)
+        if not verdict.equal:
+            verdict = replace(verdict, parting=_parting(case, fabric, run, reference))
     fabric.close()
-    return verdict
+    return replace(verdict, dropouts_off=without_dropout(case.config)[1])
+
+
+def _parting(case: Case, fabric: Fabric, run: Trajectory, reference: Trajectory) -> Parting:
+    """Where the two runs part first; every rank calls it and gets the same."""
+    measure = MEASURES[case.dtype]
+    oracle = case.model().to(fabric.device) if fabric.rank == 0 else None
+    model = parallelize(case.model(), fabric)
+    found, order = first_parting(
+        oracle, model, case.batches()[0][0], fabric, precision=case.dtype, tolerance=measure.tolerance
+    )
+    if found is not None:
+        return found
+    errors = tensor_errors(run.gradients, reference.gradients, measure.floor, fabric).tolist()
+    loss = number_error(run.losses[:1], reference.losses[:1], fabric)
+    return later_parting(dict(zip(reference.gradients, errors, strict=True)), loss, order, tolerance=measure.tolerance)
 
 
 def _optimizer(model: PreTrainedModel, dtype: str) -> torch.optim.Optimizer:
@@ -128,6 +165,7 @@ def _split(case: Case, fabric: Fabric) -> Trajectory:
         run.norms.append(report.gradient_norm)
         if not run.gradients:
             run.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        apply_gradients(model, optimizer, report, clip=CLIP)
+        with suppress(NumericsError):  # the comparison says where a loss that is no number comes from
+            apply_gradients(model, optimizer, report, clip=CLIP)
     run.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     return run

@@ -1,0 +1,134 @@
+"""Small models by name, and how they grow to a plan; configurations as JSON."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seqloom.errors import ModelError
+from seqloom.plan.plan import Plan
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
+
+TINY_SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_TINY},
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **_TINY, "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **_TINY, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **_TINY},
+    "gemma2": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        **_TINY,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 12,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 5.0,
+        "sliding_window": 24,  # in every other layer, the first included
+    },
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        **_TINY,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 24,
+        "sliding_window_pattern": 2,  # every other layer sees all, the second first
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        **_TINY,
+        "sliding_window": 24,  # in every other layer, the first included
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+    },
+    "bloom": {
+        "model_type": "bloom",
+        "architectures": ["BloomForCausalLM"],
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "initializer_range": 0.2,
+    },
+}
+"""Small models by name, for checks and demonstrations; `fit` grows them to a plan."""
+
+FAMILIES = tuple(sorted(TINY_SHAPES))
+"""The model types that run exactly today."""
+
+
+def read_config(source: str) -> dict[str, Any]:
+    """The configuration of a built-in tiny shape, a JSON file, or a folder that holds config.json.
+
+    Raises ModelError when there is none.
+    """
+    if source in TINY_SHAPES:
+        return dict(TINY_SHAPES[source])
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ModelError(
+            f"There is no model '{source}': give one of {', '.join(FAMILIES)}, "
+            "a config.json, or a folder that holds one."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not readable as JSON ({error}); give a Hugging Face config.json.") from error
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"{path} holds a JSON {type(config).__name__}, not an object; give a Hugging Face config.json."
+        )
+    return config
+
+
+def fit(
+    config: Mapping[str, Any],
+    plan: Plan,
+    num_tokens: int,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    layers: int | None = None,
+) -> dict[str, Any]:
+    """A built-in shape grown to fit a plan; a number given by hand is kept as given.
+
+    Heads grow in whole groups until every rank of a Ulysses group has a query head, layers to at
+    least the pipeline's stages, positions to the sequence length, hidden to heads x head_dim. Raises
+    ModelError for key/value heads of their own where the family has none.
+    """
+    grown = dict(config)
+    if config["model_type"] == "bloom":
+        if kv_heads not in (None, heads):
+            raise ModelError(
+                f"bloom has a key/value head for each query head, so it cannot have {kv_heads}; "
+                "leave --kv-heads out, or take another model."
+            )
+        grown["n_head"] = heads or max(config["n_head"], plan.ulysses * plan.tensor)
+        grown["hidden_size"] = grown["n_head"] * (config["hidden_size"] // config["n_head"])
+        grown["n_layer"] = max(config["n_layer"], plan.pipeline) if layers is None else layers
+        return grown
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    if heads is None and kv_heads is None:
+        kv_heads = max(config["num_key_value_heads"], -(-plan.ulysses * plan.tensor // group))
+    elif kv_heads is None:
+        kv_heads = heads
+    grown["num_key_value_heads"] = kv_heads
+    grown["num_attention_heads"] = heads if heads is not None else kv_heads * group
+    grown["hidden_size"] = grown["num_attention_heads"] * config["head_dim"]
+    grown["num_hidden_layers"] = max(config["num_hidden_layers"], plan.pipeline) if layers is None else layers
+    grown["max_position_embeddings"] = max(config["max_position_embeddings"], num_tokens)
+    return grown

@@ -1,0 +1,120 @@
+"""The programs that need no second process: their arguments, their records, and what they compute; no timings."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import balance, gpu_attention, mask_memory
+from benchmarks.documents import lengths
+from benchmarks.emulation import Loop, Sizes, whole
+from close import assert_close
+from seqloom import Layout, Mask
+
+TINY = Sizes(num_tokens=48, heads=4, kv_heads=2, width=8, dtype=torch.float64, device="cpu")
+
+
+def rows_of(page: Path) -> list[dict[str, Any]]:
+    return json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_documents_are_heavy_tailed() -> None:
+    """Catches lengths that do not fill the row, that repeat between seeds, or whose median is not the one asked for."""
+    assert sum(lengths(1000, 3)) == 1000
+    assert lengths(65_536, 0) != lengths(65_536, 1) and lengths(65_536, 1) == lengths(65_536, 1)
+    many = lengths(10_000_000, 0)
+    assert 0.9 < median(many) / 1024 < 1.1
+    assert 2.5 < (sum(many) / len(many)) / median(many) < 3.7  # exp(1.5**2 / 2) = 3.08
+
+
+def test_balance(tmp_path: Path) -> None:
+    """Catches layouts mixed up: balanced is even, contiguous is not, and both hold all work of the mask."""
+    page = balance.main(["--tokens", "4096", "--ranks", "4", "--seeds", "2", "--out", str(tmp_path)])
+    rows = rows_of(page)
+    assert [(row["seed"], row["layout"]) for row in rows] == [(s, kind) for s in (0, 1) for kind in balance.KINDS]
+    for seed in (0, 1):
+        work = sum(length * (length + 1) // 2 for length in lengths(4096, seed))
+        assert {sum(row["work"]) for row in rows if row["seed"] == seed} == {work}
+    worst = {kind: max(row["imbalance"] for row in rows if row["layout"] == kind) for kind in balance.KINDS}
+    assert worst["balanced"] < 1.05 < worst["contiguous"]
+
+
+def test_mask_memory(tmp_path: Path) -> None:
+    """Catches a measurement that sees nothing: more documents take more, a longer row does not."""
+    page = mask_memory.main(["--tokens", "1024", "4096", "--ranks", "2", "--out", str(tmp_path)])
+    took = {(row["mask"], row["tokens"]): row["python_bytes"] + row["tensor_bytes"] for row in rows_of(page)}
+    assert took["256 documents", 1024] > 3 * took["1 document", 1024] > 0
+    assert took["256 documents", 4096] < 1.5 * took["256 documents", 1024]
+    assert "16,384" in page.read_text(encoding="utf-8")  # KiB of a dense mask of 4,096 tokens
+
+
+def test_mask_memory_counts_tensors() -> None:
+    """Catches a mask that hides in a tensor."""
+    held = [torch.zeros(100_000, dtype=torch.uint8)]
+    assert mask_memory.tensor_bytes() >= held[0].numel()
+
+
+@pytest.mark.parametrize("kind", ["zigzag", "contiguous", "balanced"])
+def test_the_emulated_ring_is_the_whole(kind: str) -> None:
+    """Catches a loop that is timed without some of its blocks, tiles or gradients."""
+    truth = gpu_attention.exact(TINY)
+    layout = Layout(kind, TINY.num_tokens, 3)
+    found = whole([Loop(TINY, layout, rank, Mask()) for rank in range(3)])
+    for part, true in zip(found, truth, strict=True):
+        assert_close(part, true, tolerance=1e-12, ranks=3)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "why"),
+    [
+        (balance, ["--seeds", "0"], "at least one seed"),
+        (mask_memory, ["--tokens", "64"], "rows of 256 tokens"),
+        (gpu_attention, ["--tokens", "small", "8192"], "give `small`, or numbers"),
+        (gpu_attention, ["--repeats", "0"], "measures nothing"),
+        (gpu_attention, ["--parts", "all"], "invalid choice"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    program: Any, arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an argument that is accepted and then ignored."""
+    with pytest.raises(SystemExit):
+        program.main(arguments)
+    assert why in capsys.readouterr().err
+
+
+def test_the_gpu_program_runs_through(tmp_path: Path) -> None:
+    """Catches a program that first fails on the GPU: all of it runs here, in small."""
+    arguments = ["--device", "cpu", "--tokens", "small", "--repeats", "1", "--out", str(tmp_path)]
+    rows = rows_of(gpu_attention.main(arguments))
+    assert [row for row in rows if "failed" in row] == []
+    assert [(row["layout"], row["bound"]) for row in rows if row["part"] == "loops"] == [
+        ("zigzag", 1.0),
+        ("contiguous", 8 / 15),
+    ]
+    errors = {row["what"]: row["errors"] for row in rows if row["part"] == "errors"}
+    assert set(errors) == {"kernel torch_cpu", "kernel plain", "ring of 2", "ring of 4", "ring of 8"}
+    assert all(error < 1e-2 for row in errors.values() for error in row.values())  # bf16
+    assert {row["what"] for row in rows if row["part"] == "documents"} == {
+        "one causal call, documents not told apart",
+        "one rank, tile by tile",
+        "slowest of 8 ranks, zigzag",
+        "slowest of 8 ranks, balanced",
+    }
+
+
+def test_parts_are_chosen(tmp_path: Path) -> None:
+    """Catches a part that runs although others were asked for."""
+    arguments = ["--device", "cpu", "--tokens", "small", "--parts", "errors", "--out", str(tmp_path)]
+    assert {row["part"] for row in rows_of(gpu_attention.main(arguments))} == {"errors"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")
+def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
+    """Catches figures of a CPU in a record of a GPU."""
+    page = gpu_attention.main(["--out", str(tmp_path)])
+    assert "Not measured" in page.read_text(encoding="utf-8")
+    assert rows_of(page) == []

@@ -1,0 +1,163 @@
+"""seqloom plan: what is legal, what it costs, and which kernels there are."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cli.conftest import Cli, refused
+from seqloom.geometry import Layout, Mask
+from seqloom.plan import ModelShape, Plan, read_config
+from seqloom.planner import attention_bytes
+from train.runs import environment
+
+PLAN = ("plan", "--model", "llama", "--seq-len")
+
+
+def test_plan_that_is_legal(cli: Cli) -> None:
+    """Catches a plan called legal with the numbers of another, or bytes of axes that are not split."""
+    code, out, err = cli(*PLAN, "4096", "--check", "ring=2 ulysses=2", "--world", "4")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == (
+        "Legal: 'ring=2 ulysses=2' on 4 processes; each holds 1,024 of 4,096 tokens, and 2 of 4 query heads and "
+        "1 of 2 key/value heads in attention."
+    )
+    assert lines[1] == (
+        "Attention work of the busiest ring rank over the mean: "
+        "1.000 (contiguous 1.500, striped 1.000, balanced 1.000)."
+    )
+    assert [line.split(" along ")[1].split(",")[0] for line in lines[2:]] == ["ring", "ulysses"]
+    _, out, _ = cli(*PLAN, "4096", "--check", "ring=4 layout=contiguous")
+    assert "over the mean: 1.75" in out, "4 equal parts of a triangle: 7/16 over 4/16"
+    assert "ulysses" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("7", "--check", "ring=4"), "7 tokens are too few for ring=4 ulysses=1 layout=zigzag to give each rank at "),
+        (("64", "--check", "ring=2", "--world", "4"), "The plan 'ring=2' takes 2 processes, but there are 4. Try "),
+        (("64", "--check", "ulysses=16", "--heads", "12"), "ulysses=16 is more than the model's 12 query heads, and "),
+        (("64", "--check", "ring=4 inner_ring=3"), "inner_ring=3 does not divide ring=4; nearest to it do 2 and 4."),
+        (("64", "--check", "tensor=2"), "tensor=2 is not supported yet; the only degree is 1."),
+        (("0", "--check", "ring=2"), "A sequence of 0 tokens is empty; the shortest has 1."),
+    ],
+)
+def test_plan_that_is_not_legal(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
+    """Catches a reason that is not told, or is told without the way out."""
+    said = refused(cli(*PLAN, *arguments))
+    assert said.startswith(says)
+    assert " Try " in said or "nearest" in said or "shortest" in said
+
+
+def test_plan_tells_all_at_once(cli: Cli) -> None:
+    """Catches reasons that come one by one."""
+    said = refused(cli(*PLAN, "30", "--check", "ring=4 ulysses=9", "--heads", "8", "--kv-heads", "4", "--world", "5"))
+    for reason in ("takes 36 processes", "8 query heads", "30 tokens"):
+        assert reason in said
+    assert said.count(" Also: ") == 2
+
+
+def test_plan_leaves_torch_unloaded() -> None:
+    """Catches an import on the way to `plan` that costs seconds before the first word."""
+    program = (
+        "import sys; from seqloom.cli.main import main; sys.argv[1:] = sys.argv[1:]\n"
+        "try: main()\nfinally: print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    for check, code in (("ring=2 ulysses=2", 0), ("ring=3 ulysses=13", 2)):
+        command = [sys.executable, "-c", program, *PLAN, "64", "--check", check, "--heads", "4"]
+        ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+        assert ended.returncode == code, ended.stderr
+        assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_uneven_splits_are_told_as_ranges(cli: Cli) -> None:
+    """Catches an average told as what each rank holds, and a key/value head counted to one rank only."""
+    code, out, err = cli(*PLAN, "1001", "--check", "ring=2 ulysses=4", "--heads", "6", "--kv-heads", "3")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == (
+        "Legal: 'ring=2 ulysses=4' on 8 processes; each holds 125 to 126 of 1,001 tokens, and 1 to 2 of 6 query heads "
+        "and 1 to 2 of 3 key/value heads in attention."
+    )
+    assert " to " in out.splitlines()[2] and " to " in out.splitlines()[3]
+
+
+def test_work_and_bytes_are_those_of_the_mask_and_of_every_layer(cli: Cli) -> None:
+    """Catches documents, windows of the model or of the command line, prefix or full attention left out of the cost."""
+    plan, model = "ring=4 exchange=needed", "gemma2"
+    documents = (700, 1500, 300, 548)
+
+    def said(*more: str) -> tuple[str, str]:
+        code, out, err = cli("plan", "--model", model, "--check", plan, *more)
+        assert (code, err) == (0, "")
+        return out.splitlines()[1].partition("mean: ")[2].split(" ")[0], out.splitlines()[2].partition(" sends ")[
+            2
+        ].split(" bytes")[0]
+
+    cases: list[tuple[tuple[str, ...], Mask]] = [
+        (("--seq-len", "3048"), Mask()),
+        (("--documents", "700,1500,300,548"), Mask(documents=documents)),
+        (("--documents", "700,1500,300,548", "--window", "100"), Mask(documents=documents, window=100)),
+        (("--seq-len", "3048", "--window", "10"), Mask(window=10)),
+        (("--seq-len", "3048", "--prefix", "50"), Mask(prefix=50)),
+        (("--seq-len", "3048", "--full"), Mask(causal=False)),
+    ]
+    shape, found = ModelShape.from_config(read_config(model)), {}
+    for arguments, mask in cases:
+        layers = [mask.within(window) for window in shape.windows]
+        work = [sum(each) for each in zip(*(Layout("zigzag", 3048, 4).work(layer) for layer in layers), strict=True)]
+        counts = [
+            sum(attention_bytes(Plan.parse(plan), shape, 3048, ring_rank=r, masks=(m,), item_bytes=2)["ring"].values())
+            for r in range(4)
+            for m in layers
+        ]
+        found[arguments] = said(*arguments)
+        assert found[arguments] == (f"{max(work) * 4 / sum(work):.3f}", f"{min(counts):,} to {max(counts):,}")
+    assert len(set(found.values())) == len(cases)
+
+
+def test_many_ranks_are_not_counted_one_by_one(cli: Cli) -> None:
+    """Catches the bytes of rank 0 told as those of all, and a command that takes minutes for a large plan."""
+    _, out, _ = cli(*PLAN, "1000003", "--check", "ring=500 ulysses=4 layout=balanced")
+    assert "Process 0 sends" in out and "Each process sends" not in out
+
+
+def test_axes_of_a_double_ring(cli: Cli) -> None:
+    """Catches the bytes between nodes mixed with those inside one."""
+    _, out, _ = cli(*PLAN, "4096", "--check", "ring=4 inner_ring=2")
+    assert [line.split(" along ")[1].split(",")[0] for line in out.splitlines()[2:]] == ["outer ring", "inner ring"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "seqloom plan needs --check, --model, --seq-len (or --documents) to check a plan; --table alone shows"),
+        (("--check", "ring=2"), "seqloom plan needs --model, --seq-len (or --documents) to check"),
+        (("--check", "ring=2", "--table"), "seqloom plan needs --model, "),
+        (("--table", "--heads", "4"), "seqloom plan needs --check, --model, "),
+        ((*PLAN, "64", "--check", "ring=2", "--documents", "60,x"), "--documents '60,x' is not a list of lengths"),
+        (
+            (*PLAN, "64", "--check", "ring=2", "--documents", "60,3"),
+            "--documents holds 63 tokens, but --seq-len is 64; leave --seq-len out, or make",
+        ),
+        ((*PLAN, "64", "--check", "ring=2", "--window", "0"), "A window of 0 tokens lets no token see itself"),
+        ((*PLAN, "64", "--check", "ring=2", "--prefix", "-1"), "A prefix of -1 tokens is not possible"),
+        (
+            ("plan", "--model", "bloom", "--seq-len", "64", "--check", "ring=2", "--kv-heads", "2"),
+            "bloom has a key/value head for each query head, so it cannot have 2; leave --kv-heads out",
+        ),
+    ],
+)
+def test_what_cannot_be_asked(cli: Cli, arguments: tuple[str, ...], says: str) -> None:
+    """Catches options that are read over, and half a question answered as another one."""
+    arguments = arguments if arguments[:1] == ("plan",) else ("plan", *arguments)
+    assert refused(cli(*arguments)).startswith(says)
+
+
+def test_the_table_of_kernels(cli: Cli) -> None:
+    """Catches a table that needs a plan, leaves out kernels, or is dropped beside a check."""
+    code, out, err = cli("plan", "--table")
+    assert (code, err) == (0, "") and "torch_cpu" in out and "flex" in out
+    code, both, err = cli(*PLAN, "64", "--check", "ring=2", "--table")
+    assert (code, err) == (0, "") and both.startswith("Legal: ") and both.endswith(out)
