@@ -57,8 +57,8 @@ class Loop:
         self.places = [self.sequence.positions(owner, torch.device(sizes.device)) for owner in range(layout.ring)]
         q, k, v, dout = sizes.tensors
         here = self.places[rank]
-        self.q, self.dout = q.index_select(2, here), dout.index_select(2, here)
-        self.blocks = [(k.index_select(2, at).contiguous(), v.index_select(2, at).contiguous()) for at in self.places]
+        self.q, self.dout = _held(q, here), _held(dout, here)
+        self.blocks = [(_held(k, at), _held(v, at)) for at in self.places]
         # What the rank before has found for a block: zeros, since only its being added takes time.
         self.before = [torch.zeros_like(x, dtype=accumulation_type(x.dtype)) for x in self.blocks[rank]]
         self.work = self.sequence.work()
@@ -92,6 +92,11 @@ class Loop:
                 for mine, theirs in zip(found[owner], self.before, strict=True):
                     mine[:, :, : theirs.shape[2]] += theirs[:, :, : mine.shape[2]]
         return dq.finish().to(self.q.dtype), found
+
+
+def _held(x: Tensor, positions: Tensor) -> Tensor:
+    """What is at these positions of [1, heads, tokens, width], in memory as models lay it and as blocks travel."""
+    return x.transpose(1, 2).index_select(1, positions).transpose(1, 2)
 
 
 def whole(loops: Sequence[Loop]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -21,17 +21,17 @@ def _consecutive(case: Case) -> tuple[Span, ...]:
     return Layout("contiguous", case.tokens, RANKS).ring_spans[distributed.get_rank()]
 
 
-def _deepspeed() -> Any:
-    """deepspeed.comm, joined to the running process group."""
+def _deepspeed() -> None:
+    """Join DeepSpeed's communication to the running process group; it compiles an extension on its first use."""
     try:
         import deepspeed.comm as joined
+
+        if not joined.is_initialized():
+            joined.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     except ImportError as error:
-        raise Unavailable(
-            f"deepspeed does not import ({error}); install it with pip install 'seqloom[bench]'"
-        ) from error
-    if not joined.is_initialized():
-        joined.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    return joined
+        raise Unavailable(f"deepspeed does not import ({error}); the extra `bench` brings it") from error
+    except Exception as error:  # without a compiler, for one; whatever it is, it is why this peer is missing
+        raise Unavailable(f"deepspeed does not start ({error})") from error
 
 
 def _deepspeed_ulysses(case: Case) -> Prepared:

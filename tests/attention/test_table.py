@@ -5,7 +5,7 @@ import torch
 
 from attention.dense import compare_tile, inputs
 from attention.test_kernels import BY_NAME, make_call
-from seqloom.attention.kernels import Call, Kernel, choose, kernels_for, render, rows, table
+from seqloom.attention.kernels import KERNELS, Call, Kernel, choose, kernels_for, render, rows, table
 
 ASKED = {
     "causal": (make_call(range(9), range(9), causal=True), inputs(9, 9)),
@@ -20,8 +20,12 @@ ASKED = {
 
 
 def test_every_kernel_has_a_row() -> None:
-    """Catches a kernel missing from the table, or listed twice for its two devices."""
-    assert [row.kernel for row in rows()] == list(BY_NAME)
+    """Catches a kernel missing from the table, listed twice for its two devices, or above one chosen before it."""
+    names = [row.kernel for row in rows()]
+    assert sorted(names) == sorted(BY_NAME)
+    for _, kernels in KERNELS:
+        places = [names.index(kernel.name) for kernel in kernels]
+        assert places == sorted(places)
     assert {row.kernel: row.devices for row in rows()}["plain"] == ("cpu", "cuda")
     for row in rows():
         assert set(row.features) == {*ASKED, "float64", "float32", "bf16", "runs here"}
@@ -97,7 +101,7 @@ def test_text(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, text)) <= 120
     named = {line.split()[0]: line for line in text[2:gap]}
     reasons = {line[:2].strip(): line[4:] for line in text[gap + 1 :]}
-    assert list(named) == list(BY_NAME)
+    assert list(named) == [row.kernel for row in rows()]
     for row in rows():
         cells = named[row.kernel].removeprefix(row.kernel).strip().removeprefix(", ".join(row.devices)).split()
         assert [reasons.get(cell, cell) for cell in cells] == list(row.features.values())

@@ -13,6 +13,7 @@ from benchmarks.documents import lengths
 from benchmarks.emulation import Loop, Sizes, whole
 from close import assert_close
 from seqloom import Layout, Mask
+from seqloom.attention.kernels import Call, Kernel, choose
 
 TINY = Sizes(num_tokens=48, heads=4, kv_heads=2, width=8, dtype=torch.float64, device="cpu")
 
@@ -104,6 +105,23 @@ def test_the_gpu_program_runs_through(tmp_path: Path) -> None:
         "slowest of 8 ranks, zigzag",
         "slowest of 8 ranks, balanced",
     }
+
+
+def test_a_kernel_that_refuses_the_whole_is_called_by_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a part of a GPU's time lost to one refusal, and calls on parts of the heads that pass as one."""
+    asked: list[int] = []
+
+    def refuse_four_heads(q: torch.Tensor, v: torch.Tensor, call: Call) -> Kernel:
+        asked.append(q.shape[1])
+        if q.shape[1] == TINY.heads:
+            raise RuntimeError("too many elements")
+        return choose(q, v, call)
+
+    monkeypatch.setattr(gpu_attention, "choose", refuse_four_heads)
+    name, ahead, back = gpu_attention.fused_seconds(TINY, 3)
+    assert asked == [4, 2, 2]
+    assert name.endswith(", 2 calls")
+    assert len(ahead) == len(back) == 3
 
 
 def test_parts_are_chosen(tmp_path: Path) -> None:

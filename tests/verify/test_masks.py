@@ -70,10 +70,13 @@ def test_heads_and_lengths(pool: Pool, family: str, text: str, shape: dict[str, 
         assert all(verdict.equal for verdict in verdicts), verdicts
 
 
-@pytest.mark.parametrize("family", ["gemma2", "bloom"])
-@pytest.mark.parametrize("dtype", ["float32", "bf16"])
-def test_lower_types(pool: Pool, dtype: str, family: str) -> None:
-    """Catches caps, slopes or windows that hold in float64 alone."""
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    # Not gpt-oss in bf16: where two experts are nearly tied, rounding sends a token to the other one.
+    [("gemma2", "bf16"), ("bloom", "bf16"), ("gemma2", "float32"), ("gpt_oss", "float32")],
+)
+def test_lower_types(pool: Pool, family: str, dtype: str) -> None:
+    """Catches caps, slopes, sinks or windows that hold in float64 alone."""
     for verdict in pool.run(2, verify_here, case(family, "ring=2", 64, dtype=dtype, documents=(24, 40))):
         assert verdict.equal and verdict.worst_gradient_error > 1e-9, verdict
 

@@ -1,8 +1,8 @@
 """Every plan computes what one device computes: the long table, and a part of it for every day.
 
 The whole table is every data x ring x ulysses in worlds 1, 2, 3, 4, 6 and 8, every layout and exchange, every inner
-ring, Llama, Qwen2, Gemma 2, BLOOM and gpt-oss; each entry runs one and two sequences a data rank of an odd length, whole and
-packed with documents cut at awkward places, under a causal mask and under a full one with a window and a prefix.
+ring, for five families; each entry runs one and two sequences a data rank of an odd length, whole and packed with
+documents cut at awkward places, under a causal mask and under a full one with a window and a prefix.
 """
 
 from itertools import pairwise, product

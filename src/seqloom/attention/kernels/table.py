@@ -73,12 +73,17 @@ def _here(kernel: Kernel, devices: tuple[str, ...]) -> str:
 
 
 def rows() -> tuple[Row, ...]:
-    """Every kernel once, in the order of `KERNELS`, with "yes" or a reason for each feature and for this machine."""
+    """Every kernel once, with "yes" or a reason for each feature and for this machine.
+
+    In the order of `KERNELS`, and a kernel of several kinds of device at its last place: what stands
+    above another is chosen before it.
+    """
     devices: dict[str, tuple[str, ...]] = {}
     kernels: dict[str, Kernel] = {}
     for device, listed in KERNELS:
         for kernel in listed:
             devices[kernel.name] = (*devices.get(kernel.name, ()), device)
+            kernels.pop(kernel.name, None)
             kernels[kernel.name] = kernel
     bare = Question(Call(scale=0.125))
     found = []
