@@ -1,6 +1,7 @@
 """The GPU libraries' kernels as far as a machine without a GPU can tell: arguments, layouts, and when they are used."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -242,7 +243,10 @@ def test_flex_skips_empty_blocks(at_once: int, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(some, blocks.any(3).any(1)) and torch.equal(every, blocks.all(3).all(1))
     assert int(every.sum()) == 3 and int(some.sum()) == 17
     mask = flex._block_mask(call, n, m, torch.device("cpu"), False)
-    assert torch.equal(mask.to_dense()[0, 0].bool(), some)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), some) and int(mask.full_kv_num_blocks.sum()) == 3
+    # In a full block the mask function is not asked, and dropout throws a coin for every pair.
+    mask = flex._block_mask(replace(call, dropout=0.1), n, m, torch.device("cpu"), True)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), some) and int(mask.full_kv_num_blocks.sum()) == 0
 
 
 def test_the_order_of_kernels() -> None:

@@ -162,6 +162,14 @@ def test_plain_kernel_makes_no_square(features: tuple[str, ...], monkeypatch: py
     assert sizes[0] <= tensors[0].untyped_storage().nbytes() < sizes[1] == tokens**2 * HEADS * ROWS * 8
 
 
+def test_plain_kernel_leaves_out_what_a_causal_tile_hides() -> None:
+    """Catches twice the work: scores above the diagonal made and thrown away."""
+    _, q, k, _ = inputs(1500, 1500, 8, 8)
+    done = sum((block.queries.stop - block.queries.start) * block.keys for block in plain._blocks(q, k, True))
+    whole = sum((block.queries.stop - block.queries.start) * block.keys for block in plain._blocks(q, k, False))
+    assert whole == 1500**2 * ROWS * (HEADS // 3) and 0.5 < done / whole < 0.55
+
+
 @pytest.mark.parametrize("keys", [0, 3])
 def test_plain_kernel_on_empty_tiles(keys: int) -> None:
     """Catches NaN where there is no key, and a failure where there is no query."""

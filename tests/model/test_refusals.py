@@ -161,6 +161,11 @@ CALLS: dict[str, tuple[Call, str]] = {
         lambda model, inputs, shard: model(**inputs, sequence=shard, head_mask=torch.zeros(4)),
         "head_mask=a tensor [4]",
     ),
+    "labels": (
+        lambda model, inputs, shard: model(**inputs, sequence=shard, labels=inputs["input_ids"]),
+        "LlamaForCausalLM was given labels, of which it would make a loss of this rank's tokens alone; leave them out "
+        "and use token_loss.",
+    ),
     "not causal": (
         lambda model, inputs, shard: model(**inputs, sequence=shard, is_causal=False),
         "not causal, but the batch's mask is; give the batch rule=Mask(causal=False)",

@@ -2,9 +2,13 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from seqloom.geometry import Mask
+    from seqloom.verify import Case, Verdict
 
 
 def verify(  # noqa: PLR0913, PLR0917
@@ -30,14 +34,13 @@ def verify(  # noqa: PLR0913, PLR0917
     """
     from seqloom.cli.shape import document_lengths, model_settings
     from seqloom.geometry import Mask
-    from seqloom.plan import ModelShape, Plan, check, shortest
-    from seqloom.plan.dropout import without_dropout
+    from seqloom.plan import ModelShape, Plan, check, shortest, without_dropout
 
     wanted = Plan.parse(plan)
     lengths = document_lengths(documents)
     if seq_len is None:
         seq_len = sum(lengths) if lengths else max(64, shortest(wanted))
-    rule = Mask(causal=not full, window=window, prefix=prefix)
+    rule = Mask(causal=not full, window=window, prefix=prefix)  # refuses what cannot be
     settings = model_settings(model, wanted, seq_len, heads, kv_heads, layers)
     check(wanted, ModelShape.from_config(without_dropout(settings)[0]), seq_len)
 
@@ -65,15 +68,22 @@ def verify(  # noqa: PLR0913, PLR0917
     else:
         verdict = run(case)
     if speaks():
-        values = {**asdict(verdict), "equal": verdict.equal, "num_tokens": seq_len, "mask": _mask_words(rule, lengths)}
-        said = [json.dumps(values, indent=1)] if as_json else [*_table(values), str(verdict.parting or "")]
-        typer.echo("\n".join(filter(None, said)))
+        typer.echo(_said(verdict, case, as_json))
     if not verdict.equal:
         raise typer.Exit(1)
 
 
-def _mask_words(rule: Any, lengths: tuple[int, ...] | None) -> str:
-    """The mask in words: causal, window 24, documents of 60, 7, 61."""
+def _said(verdict: "Verdict", case: "Case", as_json: bool) -> str:
+    """What is printed of a verdict."""
+    extras = {"equal": verdict.equal, "num_tokens": case.num_tokens, "mask": _mask_words(case.rule, case.documents)}
+    values = {**asdict(verdict), **extras}
+    if as_json:
+        return json.dumps(values, indent=1)
+    return "\n".join([*_table(values), *([str(verdict.parting)] if verdict.parting else [])])
+
+
+def _mask_words(rule: "Mask", lengths: tuple[int, ...] | None) -> str:
+    """The mask in words, such as: causal, window 24, 3 documents."""
     words = ["causal" if rule.causal else "full"]
     words += [f"window {rule.window}"] if rule.window else []
     words += [f"prefix {rule.prefix}"] if rule.prefix else []

@@ -32,9 +32,9 @@ def no_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> None:
     """Stop transformers from building a dense mask: the shard carries the mask. Raises ModelError for a given one."""
     if attention_mask is None:
         return
-    if attention_mask.ndim != 2:
+    if len(attention_mask.shape) != 2:  # a tensor of scores, or FlexAttention's block mask
         raise ModelError(
-            f"The model was given a dense attention_mask of {attention_mask.ndim} dims; the mask comes with the "
+            f"The model was given a dense attention_mask of {len(attention_mask.shape)} dims; the mask comes with the "
             "sequence shard: write it as a rule on positions, Batch(..., rule=Mask(allowed=...))."
         )
     if not bool(attention_mask.all()):

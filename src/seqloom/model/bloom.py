@@ -106,15 +106,8 @@ def _base_forward(
     )
 
 
-def _model_forward(
-    model: Any, input_ids: Tensor | None = None, *, labels: Tensor | None = None, **asked: Any
-) -> CausalLMOutputWithCrossAttentions:
+def _model_forward(model: Any, input_ids: Tensor | None = None, **asked: Any) -> CausalLMOutputWithCrossAttentions:
     """In place of BloomForCausalLM.forward, which would drop the sequence."""
-    if labels is not None:
-        raise ModelError(
-            "BloomForCausalLM was given labels, which it would shift inside this rank's part; "
-            "leave them out and use token_loss."
-        )
     found = model.base_model(input_ids, **asked)
     return CausalLMOutputWithCrossAttentions(
         logits=model.lm_head(found.last_hidden_state), hidden_states=found.hidden_states

@@ -1,5 +1,7 @@
 """An unmodified transformers model under a plan, and the gradients of its replicas."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,8 +24,9 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     """Make `model` compute its part of every sequence, as the fabric's plan says; returns the same model.
 
     The weights become those of rank 0 everywhere and move to the fabric's device. From then on it
-    is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`. Raises PlanError when
-    the plan does not fit the model, ModelError when the model has what cannot be split exactly.
+    is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`, and without labels: see
+    `token_loss`. Raises PlanError when the plan does not fit the model, ModelError when the model has
+    what cannot be split exactly.
     """
     shape = ModelShape.from_config(model.config.to_dict())
     check(fabric.plan, shape)
@@ -36,11 +39,21 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
         )
     probe(model)
     connect(model, attend)
+    model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
     model.to(fabric.device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast_(tensor, fabric.replicas)
     return model
+
+
+def _refuse_labels(model: nn.Module, _: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """The model's own loss would shift labels inside this rank's part, and average over its tokens alone."""
+    if given.get("labels") is not None:
+        raise ModelError(
+            f"{type(model).__name__} was given labels, of which it would make a loss of this rank's tokens alone; "
+            "leave them out and use token_loss."
+        )
 
 
 def layer_windows(model: PreTrainedModel) -> tuple[int | None, ...]:

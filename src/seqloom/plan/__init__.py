@@ -1,5 +1,6 @@
 """Plans and their legality. Importing this package leaves torch unloaded."""
 
+from seqloom.plan.dropout import without_dropout
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
@@ -18,4 +19,5 @@ __all__ = [
     "reasons",
     "shortest",
     "unsplittable",
+    "without_dropout",
 ]

@@ -14,8 +14,7 @@ from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
 from seqloom.geometry import Mask
 from seqloom.model import build_model, parallelize
-from seqloom.plan import ModelShape, Plan, check
-from seqloom.plan.dropout import without_dropout
+from seqloom.plan import ModelShape, Plan, check, without_dropout
 from seqloom.sequence import Batch
 from seqloom.train import apply_gradients, compute_gradients
 from seqloom.verify.compare import MEASURES, Verdict, compare, number_error, tensor_errors
