@@ -29,6 +29,15 @@ WARM_TOKENS = 256  # of the run that loads libraries before memory is measured
 BASE, CEILING = "one process", "ceiling, tokens split"
 ALL = (*OWN, *PEERS)
 RESULTS = ("out", "dq", "dk", "dv")
+COLUMNS = {
+    "wall s": "wall_seconds",
+    "CPU s": "cpu_seconds",
+    "efficiency": "efficiency",
+    "of ceiling": "of_ceiling",
+    "fastest s": "fastest_seconds",
+    "of ceiling, fastest": "fastest_of_ceiling",
+    "peak MiB": "peak_bytes",
+}
 ROUND = ("wall_seconds", "cpu_seconds", "machine_seconds")
 
 
@@ -204,6 +213,8 @@ def summarise(case: Case, said: Sequence[dict[str, dict[str, Any]]], peaks: dict
             "cpu_seconds": median(cpu),
             "efficiency": ratio(walls[BASE], walls[name]) / ranks,
             "of_ceiling": ratio(walls[CEILING], walls[name]) if ranks > 1 else None,
+            "fastest_seconds": min(walls[name]),
+            "fastest_of_ceiling": min(walls[CEILING]) / min(walls[name]) if ranks > 1 else None,
             "others_share": median((machine - own) / (wall * cores()) for machine, own, wall in taken),
             "peak_bytes": peaks[name],
             "errors": relative_errors([s[name]["error_squares"] for s in said]),
@@ -227,7 +238,7 @@ def relative_errors(squares: Sequence[list[tuple[float, float]] | None]) -> dict
 
 def pages(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as one table for each number of key/value heads and tokens."""
-    head = ["", "wall s", "CPU s", "efficiency", "of ceiling", "peak MiB", *(f"error {name}" for name in RESULTS)]
+    head = ["", *COLUMNS, *(f"error {name}" for name in RESULTS)]
     parts = []
     for kv_heads, tokens in dict.fromkeys((row["kv_heads"], row["tokens"]) for row in rows):
         mine = [row for row in rows if (row["kv_heads"], row["tokens"]) == (kv_heads, tokens)]
@@ -236,11 +247,9 @@ def pages(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _line(row: dict[str, Any]) -> list[object]:
-    ceiling = None if row["of_ceiling"] is None else f"{row['of_ceiling']:.3f}"
-    errors = row["errors"]
-    said = [None if errors is None else f"{errors[name]:.1e}" for name in RESULTS]
-    seconds = (f"{row[key]:.3f}" for key in ("wall_seconds", "cpu_seconds", "efficiency"))
-    return [row["contender"], *seconds, ceiling, round(row["peak_bytes"] / 2**20), *said]
+    figures = [None if row[key] is None else f"{row[key]:.3f}" for key in list(COLUMNS.values())[:-1]]
+    errors = [None if row["errors"] is None else f"{row['errors'][name]:.1e}" for name in RESULTS]
+    return [row["contender"], *figures, round(row["peak_bytes"] / 2**20), *errors]
 
 
 if __name__ == "__main__":

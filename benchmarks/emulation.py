@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from seqloom import Layout, Mask
-from seqloom.attention import attend, attend_backward
-from seqloom.attention.local import Partial, Scoring, Total, accumulation_type
+from seqloom.attention.local import Partial, Scoring, Total, accumulation_type, attend, attend_backward
 from seqloom.fabric import Axis, Meter
 from seqloom.sequence import SequenceShard
 
@@ -73,7 +72,7 @@ class Loop:
         met = Partial(self.q, self.q.shape[3])
         for owner in self.order:
             at = (self.places[self.rank], self.places[owner])
-            attend(self.q, *self.blocks[owner], self.work[owner], self.sizes.scoring, met, at)
+            attend(self.q, *self.blocks[owner], self.work[owner], self.sizes.scoring, met, lambda at=at: at)
         out, lse = met.finish()
         return out.to(self.q.dtype), lse
 
@@ -86,7 +85,9 @@ class Loop:
             k, v = self.blocks[owner]
             dk, dv = Total(k.shape, dtype, device), Total(v.shape, dtype, device)
             at = (self.places[self.rank], self.places[owner])
-            attend_backward(self.dout, self.q, k, v, final, self.work[owner], self.sizes.scoring, (dq, dk, dv), at)
+            attend_backward(
+                self.dout, self.q, k, v, final, self.work[owner], self.sizes.scoring, (dq, dk, dv), lambda at=at: at
+            )
             found[owner] = (dk.finish(), dv.finish())
             if owner != self.rank:
                 for mine, theirs in zip(found[owner], self.before, strict=True):

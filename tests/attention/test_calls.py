@@ -1,6 +1,7 @@
 """Calls that follow each other in one process: other shapes, documents and plans; and ranks that see nothing."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -143,12 +144,31 @@ def test_scale_and_expanded_gradients(pool: Pool, text: str) -> None:
     assert all(pool.run(Plan.parse(text).world_size, scaled, text))
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0])
-def test_impossible_dropout(p: float) -> None:
-    """Catches a probability that divides by zero, or one taken and ignored."""
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dropout": -0.1, "layer": 0}, "at least 0 and below 1"),
+        ({"dropout": 1.0, "layer": 0}, "at least 0 and below 1"),
+        ({"dropout": 0.5}, "give attention layer="),
+        ({"softcap": 0.0}, "it is above 0"),
+        ({"slopes": torch.ones(1)}, r"slopes are \[1\], but there are 8 query heads"),
+        ({"sinks": torch.ones(9)}, r"sinks are \[9\], but there are 8 query heads"),
+        ({"slopes": torch.ones(HEADS, requires_grad=True)}, "get no gradient"),
+        ({"window": 0}, "window of 0"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], said: str) -> None:
+    """Catches an option taken and ignored: a gradient lost, one number broadcast to all heads, coins drawn alike."""
+    _, shard = shard_batch(Batch.from_tokens(torch.zeros(2, 8, dtype=torch.int64), first_row=0), Fabric.build(Plan()))
+    with pytest.raises(DataError, match=said):
+        attention(*inputs(2, 8)[:3], shard, **options)
+
+
+def test_dropout_needs_the_row_numbers() -> None:
+    """Catches a loop of one's own in which every step drops the same weights."""
     _, shard = shard_batch(Batch.from_tokens(torch.zeros(2, 8, dtype=torch.int64)), Fabric.build(Plan()))
-    with pytest.raises(DataError, match="dropout"):
-        attention(*inputs(2, 8)[:3], shard, dropout=p)
+    with pytest.raises(DataError, match="first_row="):
+        attention(*inputs(2, 8)[:3], shard, dropout=0.5, layer=0)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ import torch
 
 from attention.dense import inputs
 from close import assert_close
-from seqloom.attention import attend, attend_backward, attention, merge
+from seqloom.attention import attention
 from seqloom.attention.kernels import PLAIN, Call
-from seqloom.attention.local import Partial, Scoring, Total
+from seqloom.attention.local import Partial, Scoring, Total, attend, attend_backward, merge
 from seqloom.fabric import Fabric
 from seqloom.geometry import Mask, Span, Tile
 from seqloom.plan import Plan
@@ -54,7 +54,15 @@ def test_a_query_that_meets_keys_late(first: int) -> None:
     for keys, tiles in (blocks[first], blocks[1 - first]):
         part = slice(keys.start, keys.stop)
         places = (torch.arange(8), torch.arange(*keys))
-        attend(q, k[:, :, part], v[:, :, part], [RowTiles(Span(0, 2), tiles)], Scoring(SCALE), met, places)
+        attend(
+            q,
+            k[:, :, part],
+            v[:, :, part],
+            [RowTiles(Span(0, 2), tiles)],
+            Scoring(SCALE),
+            met,
+            lambda places=places: places,
+        )
     places = torch.arange(8)
     call = Call(SCALE, q_positions=places, k_positions=places, allowed=lambda i, j: (i >= 2) | (j >= 4))
     for actual, expected in zip(met.finish(), PLAIN.forward(q, k, v, call), strict=True):
@@ -69,8 +77,8 @@ def test_rows_of_different_documents() -> None:
     work = [RowTiles(Span(row, row + 1), mask.tiles(span, span)) for row, mask in enumerate(masks)]
     places = (torch.arange(20), torch.arange(20))
     met, grads = Partial(qkv[0], 16), tuple(Total(x.shape, x.dtype, x.device) for x in qkv)
-    attend(*qkv, work, Scoring(SCALE), met, places)
-    attend_backward(dout, *qkv, met.finish(), work, Scoring(SCALE), grads, places)
+    attend(*qkv, work, Scoring(SCALE), met, lambda places=places: places)
+    attend_backward(dout, *qkv, met.finish(), work, Scoring(SCALE), grads, lambda: places)
     for row, mask in enumerate(masks):
         seen = torch.tensor([[mask.visible(i, j) for j in range(20)] for i in range(20)])
         call = Call(SCALE, q_positions=places[0], k_positions=places[1], allowed=lambda i, j, seen=seen: seen[i, j])

@@ -101,7 +101,7 @@ def test_masks_and_layouts(pool: Pool, number: int, choice: tuple[str, str, str]
 @pytest.mark.parametrize("text", ["data=1", "ring=3", "ulysses=3", "ring=2 ulysses=2", "ring=2 exchange=gather"])
 def test_the_specification_equals_dense(pool: Pool, text: str) -> None:
     """Catches a specification that says something else than the definition."""
-    options = {"softcap": 2.0, "slopes": True, "sinks": True, "dropout": 0.3, "window": 9}
+    options = {"softcap": 2.0, "slopes": True, "sinks": True, "dropout": 0.3, "layer": 3, "window": 9}
     cases = [
         (tokens, packing, rule, (6, 2), "specification", given)
         for tokens, rule, given in [(EVEN, RULES["full"], {}), (UNEVEN, RULES["prefix"], {}), (UNEVEN, Mask(), options)]
@@ -143,7 +143,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"sinks": True},
     {"dropout": 0.4, "layer": 2},
     {"window": 5},
-    {"softcap": 1.5, "slopes": True, "sinks": True, "dropout": 0.4, "window": 9, "scale": 0.5},
+    {"softcap": 1.5, "slopes": True, "sinks": True, "dropout": 0.4, "layer": 1, "window": 9, "scale": 0.5},
 ]
 
 
@@ -216,6 +216,7 @@ def drawn(draw: st.DrawFn) -> tuple[str, tuple[Any, ...]]:
         "slopes": draw(st.booleans()),
         "sinks": draw(st.booleans()),
         "dropout": draw(st.sampled_from([0.0, 0.25])),
+        "layer": 1,
         "window": draw(st.none() | st.integers(1, tokens)),
     }
     return str(plan), (tokens, {"documents": documents}, rule, (heads, kv_heads), "fast", options)

@@ -84,6 +84,7 @@ def test_figures_come_from_the_slowest_rank() -> None:
     assert (ceiling["efficiency"], ceiling["of_ceiling"]) == (1.0, 1.0)
     assert (x["wall_seconds"], x["cpu_seconds"], x["peak_bytes"]) == (7.5, 6.0, 7)
     assert x["efficiency"] == pytest.approx(0.8) and x["of_ceiling"] == pytest.approx(0.8)
+    assert (x["fastest_seconds"], x["fastest_of_ceiling"]) == (5.0, 0.8)
     assert x["errors"] == pytest.approx(dict.fromkeys(("out", "dq", "dk", "dv"), 1e-6))
 
 

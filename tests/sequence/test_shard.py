@@ -84,8 +84,15 @@ def differing(what: str) -> None:
             labels[0, 3] = NO_LABEL
         if what == "documents":
             documents = [[4, 8]]
-    fields = {"rule": {"rule": Mask(window=3)}, "seed": {"seed": 1}, "first row": {"first_row": 1}}
+    fields = {
+        "allowed": {"rule": Mask(allowed=lambda q, k: q - k < 5)},
+        "rule": {"rule": Mask(window=3)},
+        "seed": {"seed": 1},
+        "first row": {"first_row": 1},
+    }
     given = fields.get(what, {}) if fabric.rank == 1 else {}
+    if what == "allowed" and fabric.rank != 1:
+        given = {"rule": Mask(allowed=lambda q, k: q - k < 4)}
     shard_batch(Batch(tokens, labels, tuple(map(tuple, documents)), **given), fabric)
 
 
@@ -97,7 +104,7 @@ def differing_seen(what: str) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize("what", ["tokens", "labels", "documents", "rule", "seed", "first row"])
+@pytest.mark.parametrize("what", ["tokens", "labels", "documents", "rule", "allowed", "seed", "first row"])
 def test_ranks_with_different_batches(pool: Pool, what: str) -> None:
     """Catches sequences mixed in attention because one rank's data order differs; every rank must hear of it."""
     said = pool.run(3, differing_seen, what)

@@ -17,14 +17,14 @@ Backward runs from the final log-sum-exp, as in FlashAttention-2 (arXiv 2307.086
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqloom.attention.local import Partial, Scoring, Total, accumulation_type, attend, attend_backward
+from seqloom.attention.local import Partial, Places, Scoring, Total, accumulation_type, attend, attend_backward
 from seqloom.sequence import RowTiles, SequenceShard
 
 Block = tuple[Tensor, ...]
@@ -63,14 +63,14 @@ class Visit:
     """One block of keys and values at this rank.
 
     owner: the ring rank whose it is. work: the tiles between this rank's queries and the block.
-    positions: [tokens] of its keys. gradient: in backward, what takes its gradient. first_row: the
+    places: as `attend` takes them. gradient: in backward, what takes its gradient. first_row: the
     row that the block begins with.
     """
 
     owner: int
     work: tuple[RowTiles, ...]
     block: Block
-    positions: Tensor
+    places: Places
     gradient: Gradient | None = None
     first_row: int = 0
 
@@ -85,24 +85,29 @@ class Trip:
     own: Block
     sequence: SequenceShard
     window: int | None
-    home: Gradient = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "home", Gradient(self.own))
+    home: Gradient | None = None
 
     def visit(self, owner: int, block: Block, gradient: Gradient | None = None) -> Visit:
         """The block of ring rank `owner`, whole."""
-        positions = self.sequence.positions(owner, block[0].device)
-        return Visit(owner, self.sequence.work(self.window)[owner], block, positions, gradient)
+        work = self.sequence.work(self.window)[owner]
+        return Visit(owner, work, block, self.places(owner, block[0].device), gradient)
 
-    def empty(self, owner: int, dtype: torch.dtype | None = None) -> Block:
-        """Room for the block of ring rank `owner`, or in another type for its gradient."""
-        tokens = self.sequence.ring_tokens[owner]
-        return tuple(x.new_empty((x.shape[0], tokens, *x.shape[2:]), dtype=dtype) for x in self.own)
+    def places(self, owner: int, device: torch.device) -> Places:
+        """The positions of this rank's queries and of the keys of ring rank `owner`."""
+        return lambda: (
+            self.sequence.positions(self.sequence.ring.rank, device),
+            self.sequence.positions(owner, device),
+        )
 
-    def empty_gradient(self, owner: int) -> Block:
-        """Room for the gradient of the block of ring rank `owner`."""
-        return self.empty(owner, accumulation_type(self.own[0].dtype))
+    def room(self, owner: int, dtype: torch.dtype, used: Block | None = None) -> Block:
+        """Buffers for the block of ring rank `owner` or its gradient: those of `used` where they are as large.
+
+        Fresh memory costs several times a copy into memory that is there.
+        """
+        shapes = [(x.shape[0], self.sequence.ring_tokens[owner], *x.shape[2:]) for x in self.own]
+        if used is not None and [tuple(x.shape) for x in used] == shapes:
+            return used
+        return tuple(self.own[0].new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,8 @@ class BlockAttention(torch.autograd.Function):
         """Returns out, in the type of q."""
         own = by_tokens(k, v)
         met = Partial(q, v.shape[3], sinks)
-        places = sequence.positions(sequence.ring.rank, q.device)
         for visit in exchange.visits(Trip(own, sequence, window)):
-            keys, values = by_heads(visit.block)
-            attend(q, keys, values, visit.work, scoring, met, (places, visit.positions), visit.first_row)
+            attend(q, *by_heads(visit.block), visit.work, scoring, met, visit.places, visit.first_row)
         whole, lse = met.finish()
         out = whole.to(q.dtype)
         ctx.save_for_backward(q, *own, out, lse, sinks)
@@ -148,23 +151,21 @@ class BlockAttention(torch.autograd.Function):
         q, k, v, out, lse, sinks = ctx.saved_tensors
         dout = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()  # a sum's is one number, expanded
         dq = Total(q.shape, accumulation_type(q.dtype), q.device)
-        places = ctx.sequence.positions(ctx.sequence.ring.rank, q.device)
-        trip = Trip((k, v), ctx.sequence, ctx.window)
-        for visit in ctx.exchange.returns(trip):
-            keys, values = by_heads(visit.block)
-            attend_backward(
-                dout,
-                q,
-                keys,
-                values,
-                (out, lse),
-                visit.work,
-                ctx.scoring,
-                (dq, *visit.gradient.totals),
-                (places, visit.positions),
-                visit.first_row,
-            )
-        dk, dv = (total.finish().to(q.dtype) for total in trip.home.totals)
+        home = Gradient((k, v))
+        with torch.autocast(q.device.type, enabled=False):  # as in forward
+            for visit in ctx.exchange.returns(Trip((k, v), ctx.sequence, ctx.window, home)):
+                attend_backward(
+                    dout,
+                    q,
+                    *by_heads(visit.block),
+                    (out, lse),
+                    visit.work,
+                    ctx.scoring,
+                    (dq, *visit.gradient.totals),
+                    visit.places,
+                    visit.first_row,
+                )
+        dk, dv = (total.finish().to(q.dtype) for total in home.totals)
         return dq.finish().to(q.dtype), dk, dv, sink_gradient(dout, out, lse, sinks), None, None, None, None
 
 

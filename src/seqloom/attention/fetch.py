@@ -8,7 +8,8 @@ seen); under packed documents and windows only what they reach.
 
 What travels: k and v in one all-to-all of uneven parts; again in backward, rather than kept; and the
 gradients of exactly these parts back the same way, in the accumulation type. This rank's own block is
-computed with while the parts come. Memory: what is fetched, all at once, for the length of one layer.
+computed with while the parts come. Memory: what is fetched, all at once, for the length of one layer, and
+in backward the gradients of all of it. A rule of the user's own (`Mask.allowed`) is not asked for what is seen.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from seqloom.attention.blocks import Block, Exchange, Gradient, Trip, Visit
+from seqloom.attention.local import accumulation_type
 from seqloom.fabric import Pending, start_trade
-from seqloom.geometry import Span, Tile, total
+from seqloom.geometry import Span, Tile, keys_of, total
 from seqloom.sequence import RowTiles, SequenceShard
 
 
@@ -41,9 +43,9 @@ class Need:
             return tuple(x[:, self.spans[0].start : self.spans[0].stop].contiguous() for x in rows)
         return tuple(torch.cat([x[:, span.start : span.stop] for span in self.spans], 1) for x in rows)
 
-    def room(self, block: Block) -> Block:
-        """Buffers for such a part of a block like this one."""
-        return tuple(x.new_empty((self.rows.size, total(self.spans), *x.shape[2:])) for x in block)
+    def room(self, block: Block, dtype: torch.dtype | None = None) -> Block:
+        """Buffers for such a part of a block like this one, or in another type for its gradient."""
+        return tuple(x.new_empty((self.rows.size, total(self.spans), *x.shape[2:]), dtype=dtype) for x in block)
 
     def add(self, home: Gradient, part: Block) -> None:
         """Add the gradient of the part to that of the whole block."""
@@ -79,9 +81,10 @@ def what_tiles_touch(sequence: SequenceShard, window: int | None) -> Needs:
     for peer, held in enumerate(spans):
         coming, leaving = [], []
         for rows, mask in sequence.row_masks(window) if peer != me else ():
-            if arriving := mask.needed(spans[me], held):
-                tiles = tuple(_packed(tile, arriving) for tile in mask.tiles(spans[me], held))
-                coming.append(Need(rows, arriving, (RowTiles(rows, tiles, mask.allowed),)))
+            tiles = mask.tiles(spans[me], held)
+            if arriving := keys_of(tiles):
+                packed = tuple(_packed(tile, arriving) for tile in tiles)
+                coming.append(Need(rows, arriving, (RowTiles(rows, packed, mask.allowed),)))
             if wanted := mask.needed(held, spans[me]):
                 leaving.append(Need(rows, wanted))
         fetched.append(tuple(coming))
@@ -114,9 +117,11 @@ def _in_blocks(parts: list[Tensor], needs: tuple[Need, ...]) -> list[Block]:
 
 
 def _visit(trip: Trip, owner: int, need: Need, block: Block, gradient: Gradient | None) -> Visit:
-    positions = trip.sequence.positions(owner, block[0].device)
-    held = torch.cat([positions[span.start : span.stop] for span in need.spans])
-    return Visit(owner, need.work, block, held, gradient, need.rows.start)
+    def places() -> tuple[Tensor, Tensor]:
+        queries, keys = trip.places(owner, block[0].device)()
+        return queries, torch.cat([keys[span.start : span.stop] for span in need.spans])
+
+    return Visit(owner, need.work, block, places, gradient, need.rows.start)
 
 
 def _exchange(name: str, plan: Callable[[SequenceShard, int | None], Needs]) -> Exchange:
@@ -144,8 +149,8 @@ def _exchange(name: str, plan: Callable[[SequenceShard, int | None], Needs]) -> 
                 gradient = Gradient(block)
                 yield _visit(trip, owner, need, block, gradient)
                 leaving[-1] += gradient.block()
-        summed = trip.home.block()
-        coming = [[x for need in given for x in need.room(summed)] for given in needs.given]
+        wide = accumulation_type(trip.own[0].dtype)
+        coming = [[x for need in given for x in need.room(trip.own, wide)] for given in needs.given]
         for peer, parts in enumerate(start_trade(leaving, coming, trip.sequence.ring).wait()):
             for need, block in zip(needs.given[peer], _in_blocks(parts, needs.given[peer]), strict=True):
                 need.add(trip.home, block)

@@ -30,7 +30,7 @@ def attention(  # noqa: PLR0913
     slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
-    layer: int = 0,
+    layer: int | None = None,
 ) -> Tensor:
     """Exact attention of this rank's tokens on the whole sequence, under the sequence's masks.
 
@@ -41,7 +41,7 @@ def attention(  # noqa: PLR0913
     softcap: scores become cap tanh(score / cap) (Gemma 2, arXiv 2408.00118). slopes [Hq]: ALiBi, added
     is slope (k - q) of the positions (arXiv 2108.12409). sinks [Hq]: scores of a key without a value
     that every query sees (gpt-oss). dropout: probability that a weight is dropped, drawn for each
-    (sample, layer, head, query, key) whatever the plan; layer: the number of this layer, for it.
+    (sample, layer, head, query, key) whatever the plan; layer: the number of this layer, which it needs.
 
     Every rank of the ring and Ulysses axes calls it together. Raises DataError for tensors that are
     not what the sequence holds: their slices would clip without a word.
@@ -51,7 +51,8 @@ def attention(  # noqa: PLR0913
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         # As torch does for its own attention; rotary angles leave q and k in float32 but v in the lower type.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    _check(q, k, v, sequence, dropout)
+    _check(q, k, v, sequence)
+    _check_options(q.shape[1], sequence, softcap, slopes, sinks, dropout, layer)
     # Fused kernels read the last dim as if it were laid out in memory.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     ulysses = sequence.ulysses
@@ -65,7 +66,9 @@ def attention(  # noqa: PLR0913
         slopes=None if slopes is None else slopes[here],
         dropout=dropout,
         dropout_keys=_dropout_keys(sequence, layer, range(*heads), q.device) if dropout else None,
-        reads=None if reads is None else torch.tensor(reads, device=q.device),
+        reads=None
+        if reads is None
+        else sequence.once(("reads", reads, q.device), lambda: torch.tensor(reads, device=q.device)),
     )
     with torch.autocast(device, enabled=False):
         q, k, v = to_heads(q, k, v, split, sequence.group_tokens, ulysses)
@@ -77,12 +80,14 @@ def attention(  # noqa: PLR0913
         return to_tokens(out, split, sequence.group_tokens, ulysses)
 
 
-def _dropout_keys(sequence: SequenceShard, layer: int, heads: range, device: torch.device) -> Tensor:
+def _dropout_keys(sequence: SequenceShard, layer: int | None, heads: range, device: torch.device) -> Tensor:
     samples = range(sequence.first_row, sequence.first_row + len(sequence.masks))
-    return dropout_keys(sequence.seed, samples, layer, heads, device)
+    return sequence.once(
+        ("dropout", layer, heads, device), lambda: dropout_keys(sequence.seed, samples, layer, heads, device)
+    )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, dropout: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard) -> None:
     held = (len(sequence.masks), total(sequence.spans), q.dtype)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if (x.shape[0], x.shape[2], x.dtype) != held:
@@ -99,6 +104,29 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard, dropout: fl
         raise DataError(
             f"{heads} query, {kv_heads} key and {v.shape[1]} value heads do not fit ulysses={degree}: key and value "
             "heads must be as many and divide the query heads, and there must be a query head for each Ulysses rank."
+        )
+
+
+def _check_options(
+    heads: int,
+    sequence: SequenceShard,
+    softcap: float | None,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout: float,
+    layer: int | None,
+) -> None:
+    for name, x in (("slopes", slopes), ("sinks", sinks)):
+        if x is not None and tuple(x.shape) != (heads,):
+            raise DataError(f"{name} are {list(x.shape)}, but there are {heads} query heads; give one number a head.")
+    if slopes is not None and slopes.requires_grad:
+        raise DataError("slopes that are learned would get no gradient; give them detached, as ALiBi has them.")
+    if softcap is not None and softcap <= 0:
+        raise DataError(f"A soft cap of {softcap} is not possible; it is above 0, or None for none.")
+    if dropout and (layer is None or sequence.first_row is None):
+        raise DataError(
+            "Dropout draws by layer and by the row's number in the run's data, so that no two draw alike; "
+            "give attention layer=... and the batch first_row=..., counting on from batch to batch."
         )
     if not 0 <= dropout < 1:
         raise DataError(f"A dropout of {dropout} is not possible; it is at least 0 and below 1.")

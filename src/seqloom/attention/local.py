@@ -20,6 +20,10 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+Places = Callable[[], tuple[Tensor, Tensor]]
+"""Gives the positions [n] of a block of queries and [m] of a block of keys; asked only where a rule needs them."""
+
+
 @dataclass(frozen=True, eq=False)
 class Scoring:
     """How the scores of the heads computed here become weights; the same for every tile of a layer.
@@ -35,23 +39,21 @@ class Scoring:
     dropout_keys: Tensor | None = None
     reads: Tensor | None = None
 
-    def calls(self, work: Sequence[RowTiles], places: tuple[Tensor, Tensor]) -> Iterator[tuple[Tile, slice, Call]]:
-        """(piece, rows, call) for each piece of the tiles of `work`; `places` are the positions of both blocks."""
+    def calls(self, work: Sequence[RowTiles], places: Places) -> Iterator[tuple[Tile, slice, Call]]:
+        """(piece, rows, call) for each piece of the tiles of `work`."""
         for group in work:
             rows = slice(group.rows.start, group.rows.stop)
             for tile in group.tiles:
                 for piece in tile.pieces():
                     yield piece, rows, self.call(piece, rows, group.allowed, places)
 
-    def call(
-        self, piece: Tile, rows: slice, allowed: Callable[[Any, Any], Any] | None, places: tuple[Tensor, Tensor]
-    ) -> Call:
+    def call(self, piece: Tile, rows: slice, allowed: Callable[[Any, Any], Any] | None, places: Places) -> Call:
         """What the kernel is asked for on one piece of a tile."""
         if allowed is None and self.slopes is None and not self.dropout:
             return Call(self.scale, not piece.full, self.softcap)
         q_positions, k_positions = (
             _oriented(piece, block[span.start : span.stop], 0)
-            for block, span in zip(places, (piece.q, piece.k), strict=True)
+            for block, span in zip(places(), (piece.q, piece.k), strict=True)
         )
         return Call(
             scale=self.scale,
@@ -131,9 +133,9 @@ class Total:
         cut(self.finish(), rows, span).add_(part)
 
     def finish(self) -> Tensor:
-        """The sum; zeros where nothing was added. It lies in memory token by token, as it travels."""
+        """The sum; zeros where nothing was added."""
         if self._sum is None:
-            rows, heads, tokens, width = self._shape
+            rows, heads, tokens, width = self._shape  # zeros lie in memory token by token, as they travel
             shape = (rows, tokens, heads, width)
             self._sum = torch.zeros(shape, dtype=self._dtype, device=self._device).transpose(1, 2)
         return self._sum
@@ -146,13 +148,13 @@ def attend(
     work: Sequence[RowTiles],
     scoring: Scoring,
     into: Partial,
-    places: tuple[Tensor, Tensor],
+    places: Places,
     first_row: int = 0,
 ) -> None:
     """Let the queries meet one block of keys: every tile of `work` is computed and merged into `into`.
 
-    q: [rows, Hq, n, Dk]; k: [rows, Hk, m, Dk]; v: [rows, Hk, m, Dv]. places: the positions of the n
-    queries and the m keys. first_row: the row of q that k and v begin with.
+    q: [rows, Hq, n, Dk]; k: [rows, Hk, m, Dk]; v: [rows, Hk, m, Dv]. places: gives the positions of the
+    n queries and the m keys. first_row: the row of q that k and v begin with.
     """
     if scoring.reads is not None:
         k, v = k[:, scoring.reads], v[:, scoring.reads]
@@ -173,7 +175,7 @@ def attend_backward(
     work: Sequence[RowTiles],
     scoring: Scoring,
     grads: tuple[Total, Total, Total],
-    places: tuple[Tensor, Tensor],
+    places: Places,
     first_row: int = 0,
 ) -> None:
     """Add the gradients of every tile of `work` to `grads` = (dq, dk, dv), in the accumulation type.
@@ -209,4 +211,5 @@ def _oriented(piece: Tile, x: Tensor, dim: int = 2) -> Tensor:
 def gathered(part: Tensor, reads: Tensor, kv_heads: int) -> Tensor:
     """The gradient of each key/value head: the sum over the query heads that read it."""
     shape = (part.shape[0], kv_heads, *part.shape[2:])
-    return torch.zeros(shape, dtype=part.dtype, device=part.device).index_add_(1, reads, part)
+    wide = part.to(accumulation_type(part.dtype))
+    return torch.zeros(shape, dtype=wide.dtype, device=part.device).index_add_(1, reads, wide)

@@ -10,7 +10,7 @@ cross to other neighbours, and each of them has I computations to hide behind.
 
 Bytes sent per rank: `seqloom.planner.attention_bytes`, each block with its own number of tokens.
 FLOPs: this rank's tiles, even under `zigzag`. Memory: three blocks of k and v (five with an inner
-ring), and in backward up to four of their gradients.
+ring), and in backward four of their gradients (seven).
 
 Sources: Ring Attention (arXiv 2310.01889), section 3; double ring: LoongTrain (arXiv 2406.18485),
 section 4.3. Differs from the papers: kv gradients skip their owner's hop (P-1, not P).
@@ -24,31 +24,34 @@ from seqloom.fabric import Axis, Pending, start_shift
 BLOCKS, GRADIENTS = 0, 2  # tags: a block and a gradient are on their way at once, of two tensors each
 
 
-def circulate(own: Block, ring: Axis, room: Callable[[int], Block]) -> Iterator[tuple[int, Block]]:
-    """Yield (owner, block) for every rank's block, one's own first, with the next one in flight.
+def circulate(trip: Trip, own: Block, ring: Axis, owner: Callable[[int], int]) -> Iterator[tuple[int, Block]]:
+    """Yield (rank, block) for every rank's block on this axis, one's own first, with the next one in flight.
 
-    room(owner) makes buffers for the block of an owner, on this axis.
+    owner(rank): the ring rank whose block a rank of this axis began with. A yielded block may be
+    overwritten after the iterator goes on.
     """
-    block = own
+    block, used = own, None
     for step in range(ring.size):
         pending = None
         if step + 1 < ring.size:
-            pending = start_shift(block, ring, room((ring.rank - step - 1) % ring.size), tag=BLOCKS)
+            room = trip.room(owner((ring.rank - step - 1) % ring.size), own[0].dtype, used)
+            pending = start_shift(block, ring, room, tag=BLOCKS)
         yield (ring.rank - step) % ring.size, block
         if pending:
+            used = None if block is own else block
             block = tuple(pending.wait())
 
 
 def _outer(trip: Trip) -> Iterator[tuple[int, Block]]:
     """(outer rank, block) for each block that the neighbours of this rank begin with."""
     outer, inner = trip.sequence.outer, trip.sequence.inner
-    return circulate(trip.own, outer, lambda o: trip.empty(o * inner.size + inner.rank))
+    return circulate(trip, trip.own, outer, lambda o: o * inner.size + inner.rank)
 
 
 def _inner(trip: Trip, o: int, first: Block) -> Iterator[tuple[int, Block]]:
     """(ring rank, block) for the blocks that neighbours pass around once they have begun."""
     inner = trip.sequence.inner
-    for i, block in circulate(first, inner, lambda i: trip.empty(o * inner.size + i)):
+    for i, block in circulate(trip, first, inner, lambda i: o * inner.size + i):
         yield o * inner.size + i, block
 
 
@@ -73,22 +76,23 @@ def returns(trip: Trip) -> Iterator[Visit]:
             yield trip.visit(owner, block, gradient)
             if owner != begun:
                 next_owner = o * inner.size + (owner - 1) % inner.size
-                following = _follow(gradient, following, inner, trip.empty_gradient(next_owner))
+                following = _follow(trip, gradient, following, inner, next_owner)
         if following:
             total.add(following.wait())
         if o != outer.rank:
-            crossing = _follow(
-                total, crossing, outer, trip.empty_gradient((begun - inner.size) % trip.sequence.ring.size)
-            )
+            crossing = _follow(trip, total, crossing, outer, (begun - inner.size) % trip.sequence.ring.size)
     if crossing:
         trip.home.add(crossing.wait())
 
 
-def _follow(gradient: Gradient, before: Pending | None, axis: Axis, room: Block) -> Pending:
-    """Add what the rank before has found for this block and send the sum after the block."""
+def _follow(trip: Trip, gradient: Gradient, before: Pending | None, axis: Axis, next_owner: int) -> Pending:
+    """Add what the rank before has found for this block, send the sum after the block, and expect the next."""
+    arrived: Block | None = None
     if before:
-        gradient.add(before.wait())
-    return start_shift(gradient.block(), axis, room, tag=GRADIENTS)
+        arrived = tuple(before.wait())
+        gradient.add(arrived)
+    leaving = gradient.block()
+    return start_shift(leaving, axis, trip.room(next_owner, leaving[0].dtype, arrived), tag=GRADIENTS)
 
 
 RING = Exchange(visits, returns)

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqloom.attention import ring
-from seqloom.attention.blocks import Trip, Visit, by_heads, by_tokens, sink_gradient
+from seqloom.attention.blocks import Gradient, Trip, Visit, by_heads, by_tokens, sink_gradient
 from seqloom.attention.dropout import keep
 from seqloom.attention.kernels import Call
-from seqloom.attention.kernels.plain import scores as plain_scores
+from seqloom.attention.kernels.plain import tile_scores
 from seqloom.attention.local import Scoring, accumulation_type, cut, gathered
 from seqloom.geometry import Span, Tile
 from seqloom.sequence import SequenceShard
@@ -58,7 +58,7 @@ class RingSelfAttention(torch.autograd.Function):
         weights = q.new_full(shape, float("-inf"), dtype=dtype)
         bends = None if scoring.softcap is None else q.new_zeros(shape, dtype=dtype)  # slopes of the soft cap
         for tile, call, keys, _ in rings.tiles(ring.visits(rings.trip(k))):
-            score, bend = plain_scores(cut(q, tile.rows, tile.q), keys, call)
+            score, bend = tile_scores(cut(q, tile.rows, tile.q), keys, call)
             weights[tile.place] = score.masked_fill(tile.hidden(q.device), float("-inf"))
             if bends is not None:
                 bends[tile.place] = bend
@@ -142,20 +142,20 @@ class _Rings:
 
     def trip(self, x: Tensor) -> Trip:
         """k or v [rows, Hk, n, D] around the ring, alone."""
-        return Trip(by_tokens(x), self.sequence, self.window)
+        block = by_tokens(x)
+        return Trip(block, self.sequence, self.window, Gradient(block))
 
     def tiles(self, visits: Iterator[Visit]) -> Iterator[tuple[_RowTile, Call, Tensor, Tensor]]:
         """(tile, call, keys or values of every query head, view of their gradient) of each tile that comes by."""
         tokens = self.sequence.ring_tokens
         firsts = (0, *accumulate(tokens))
         for visit in visits:
-            (block,), device = by_heads(visit.block), visit.block[0].device
+            (block,) = by_heads(visit.block)
             gradient = block if visit.gradient is None else visit.gradient.totals[0].finish()
-            places = self.sequence.positions(self.sequence.ring.rank, device), visit.positions
             for group in visit.work:
                 rows = slice(group.rows.start, group.rows.stop)
                 for tile in group.tiles:
-                    call = self.scoring.call(Tile(tile.q, tile.k), rows, group.allowed, places)
+                    call = self.scoring.call(Tile(tile.q, tile.k), rows, group.allowed, visit.places)
                     every = cut(block, rows, tile.k)[:, self.reads]
                     yield _RowTile(rows, tile, firsts[visit.owner]), call, every, cut(gradient, rows, tile.k)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from seqloom.attention.local import accumulation_type
 from seqloom.fabric import Axis, start_trade
 from seqloom.geometry import HeadSplit, Span
 
@@ -68,10 +69,7 @@ class Trade:
             for rank in range(self.axis.size)
         ]
         pending = start_trade(leaving, arriving, self.axis)
-        whole = [
-            x.new_empty(x.shape[1], self.tokens[me], heads, x.shape[3]).transpose(1, 2)
-            for x, heads in zip(held, self.heads, strict=True)
-        ]
+        whole = [self._room(number, x) for number, x in enumerate(held)]
         pending.wait()
         for number, x in enumerate(whole):
             filled = 0
@@ -81,7 +79,14 @@ class Trade:
                 x[:, heads.start : heads.start + again] += part[:, :again]
                 x[:, heads.start + again : heads.stop] = part[:, again:]
                 filled = heads.stop
-        return tuple(whole)
+        return tuple(x.to(part.dtype) for x, part in zip(whole, held, strict=True))
+
+    def _room(self, number: int, held: Tensor) -> Tensor:
+        """[rows, H, n, D] of a tensor; wide where several ranks hold a head, so that their sum is rounded once."""
+        shared = sum(part.size for part in self.parts[number]) > self.heads[number]
+        shape = (held.shape[1], self.tokens[self.axis.rank], self.heads[number], held.shape[3])
+        dtype = accumulation_type(held.dtype) if shared else held.dtype
+        return held.new_empty(shape, dtype=dtype).transpose(1, 2)
 
     def _packed(self, tensors: Sequence[Tensor], rank: int) -> list[Tensor]:
         """The heads that a rank takes of each tensor, as they travel."""

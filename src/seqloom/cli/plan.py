@@ -1,6 +1,5 @@
 """seqloom plan"""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Annotated
@@ -58,7 +57,12 @@ def plan(  # noqa: PLR0913, PLR0917
         mask = Mask(causal=not full, window=window, prefix=prefix, documents=lengths)
         plans.check(wanted, shape, seq_len, world=world)
         typer.echo("\n".join(_cost(wanted, shape, seq_len, mask)))
-    elif not table or any((check, model, seq_len, world, heads, kv_heads, layers, full, window, prefix)):
+    elif (
+        not table
+        or full
+        or prefix
+        or any(x is not None for x in (check, model, seq_len, world, heads, kv_heads, layers, window))
+    ):
         missing = {"--check": check, "--model": model, "--seq-len (or --documents)": seq_len}
         names = ", ".join(name for name, value in missing.items() if value is None)
         raise ConfigError(f"seqloom plan needs {names} to check a plan; --table alone shows the attention kernels.")
@@ -94,14 +98,9 @@ def _compared(layout: "Layout", masks: "tuple[Mask, ...]") -> str:
 
     from seqloom.plan.plan import LayoutKind
 
-    def unevenness(kind: str) -> float:
-        other = replace(layout, kind=kind)
-        layers = [tuple(times * each for each in other.work(mask)) for mask, times in Counter(masks).items()]
-        work = [sum(rank) for rank in zip(*layers, strict=True)]
-        return max(work) * len(work) / max(1, sum(work))
-
-    others = (f"{kind} {unevenness(kind):.3f}" for kind in get_args(LayoutKind) if kind != layout.kind)
-    return f"{unevenness(layout.kind):.3f} ({', '.join(others)})"
+    found = {kind: replace(layout, kind=kind).imbalance(*masks) for kind in get_args(LayoutKind)}
+    others = (f"{kind} {uneven:.3f}" for kind, uneven in found.items() if kind != layout.kind)
+    return f"{found[layout.kind]:.3f} ({', '.join(others)})"
 
 
 def _sent(

@@ -122,9 +122,7 @@ def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
     return Pending("reduce-scatter", axis, [work], mine, leaving)
 
 
-def start_trade(
-    leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[Tensor]], axis: Axis, *, tag: int = 0
-) -> Pending:
+def start_trade(leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[Tensor]], axis: Axis) -> Pending:
     """Begin an all-to-all of uneven parts: the tensors leaving[p] go to rank p, arriving[p] are filled by rank p.
 
     All are contiguous; empty ones are not sent. A rank's part for itself is neither read nor filled:
@@ -138,7 +136,7 @@ def start_trade(
     if not (sent or received):
         return Pending("all-to-all", axis, [], arriving)
     with _naming("all-to-all", axis):
-        works = _start_messages(sent, received, axis, tag)
+        works = _start_messages(sent, received, axis, tag=0)
     return Pending("all-to-all", axis, works, arriving, leaving)
 
 

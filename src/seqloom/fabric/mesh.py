@@ -99,6 +99,10 @@ class Fabric:
         replicas = plan.data * plan.ring * plan.ulysses
         axes |= place({"pipeline": plan.pipeline, "replicas": replicas, "tensor": plan.tensor}, ("replicas",))
         rings = _rings(plan, axes["ring"], place)
+        if device.type == "cuda":
+            # NCCL asks all ranks of a group to take part in its first call, and the first trade may be between a few.
+            for group in groups:
+                distributed.all_reduce(torch.zeros(1, device=device), group=group)
         return cls(plan=plan, device=device, meter=meter, world=everyone, groups=tuple(groups), **axes, **rings)
 
 

@@ -4,6 +4,6 @@ from seqloom.geometry.heads import HeadSplit
 from seqloom.geometry.layout import Layout
 from seqloom.geometry.mask import Mask
 from seqloom.geometry.span import Span, cut, even_bounds, total
-from seqloom.geometry.tile import Tile
+from seqloom.geometry.tile import Tile, keys_of
 
-__all__ = ["HeadSplit", "Layout", "Mask", "Span", "Tile", "cut", "even_bounds", "total"]
+__all__ = ["HeadSplit", "Layout", "Mask", "Span", "Tile", "cut", "even_bounds", "keys_of", "total"]

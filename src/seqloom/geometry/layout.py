@@ -5,6 +5,7 @@ among the ranks of its Ulysses group, so that exchanging heads for tokens inside
 the ring rank's part in order. Lengths need not divide by anything: sizes differ by a token or two.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,13 +79,15 @@ class Layout:
         """Visible (query, key) pairs that each ring rank computes; its Ulysses group shares them by heads."""
         return tuple(mask.seen(queries, self.num_tokens) for queries in self.ring_spans)
 
-    def imbalance(self, mask: Mask) -> float:
-        """Most work of any ring rank over the mean: 1.0 is perfect balance.
+    def imbalance(self, *masks: Mask) -> float:
+        """Most work of any ring rank over the mean, that of all masks together: 1.0 is perfect balance.
 
         >>> Layout("zigzag", 64, ring=8).imbalance(Mask())
         1.0
         >>> round(Layout("contiguous", 8192, ring=8).imbalance(Mask()), 3)    # (2 P - 1) / P
         1.875
         """
-        work = self.work(mask)
-        return max(work) * len(work) / sum(work)
+        counts = Counter(masks)  # rows and layers often share a mask
+        each = [tuple(times * pairs for pairs in self.work(mask)) for mask, times in counts.items()]
+        work = [sum(rank) for rank in zip(*each, strict=True)]
+        return max(work) * len(work) / max(1, sum(work))

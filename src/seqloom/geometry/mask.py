@@ -9,7 +9,7 @@ from typing import Any
 
 from seqloom.errors import DataError
 from seqloom.geometry.span import Span
-from seqloom.geometry.tile import Tile, band, coalesce
+from seqloom.geometry.tile import Tile, band, coalesce, keys_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Mask:
         document = bisect_right(self.bounds, q)
         if document != bisect_right(self.bounds, k) or document in self.padding:
             return False
+        if self.documents is not None and document == len(self.documents):
+            return False  # beyond the row
         if self.allowed is not None and not self.allowed(q, k):
             return False
         start = self.bounds[document - 1] if document else 0
@@ -93,18 +95,12 @@ class Mask:
         return sum(tile.area for tile in self.tiles(q, k))
 
     def needed(self, q: Sequence[Span], k: Sequence[Span]) -> tuple[Span, ...]:
-        """The index ranges of the key block that some query of the query block sees, in order.
+        """The index ranges of the key block that some query of the query block sees, in order, `allowed` not asked.
 
         >>> Mask(documents=(4, 4)).needed([Span(2, 6)], [Span(0, 2), Span(6, 8)])
         (Span(start=0, stop=2, step=1),)
         """
-        joined: list[Span] = []
-        for start, stop, _ in sorted(tile.k for tile in self.tiles(q, k)):
-            if joined and start <= joined[-1].stop:
-                joined[-1] = Span(joined[-1].start, max(stop, joined[-1].stop))
-            else:
-                joined.append(Span(start, stop))
-        return tuple(joined)
+        return keys_of(self.tiles(q, k))
 
     def seen(self, q: Sequence[Span], num_tokens: int) -> int:
         """How many (query, key) pairs the queries see among all keys of a row, in closed form, `allowed` not asked.

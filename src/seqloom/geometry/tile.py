@@ -123,6 +123,17 @@ def band(q: Span, k: Span, low: int | None, high: int | None) -> Tile | None:
     return Tile(q, k, low, high)
 
 
+def keys_of(tiles: Iterable[Tile]) -> tuple[Span, ...]:
+    """The index ranges of the key block that the tiles reach, in order, those that touch in one."""
+    joined: list[Span] = []
+    for start, stop, _ in sorted(tile.k for tile in tiles):
+        if joined and start <= joined[-1].stop:
+            joined[-1] = Span(joined[-1].start, max(stop, joined[-1].stop))
+        else:
+            joined.append(Span(start, stop))
+    return tuple(joined)
+
+
 def coalesce(tiles: Iterable[Tile]) -> tuple[Tile, ...]:
     """The same visible pairs in fewer tiles, so in fewer kernel calls.
 

@@ -93,6 +93,8 @@ def _base_forward(
     no_mask(attention_mask=attention_mask)
     if past_key_values is not None:
         raise ModelError("BloomModel was given past_key_values, which a split sequence has no cache for; leave it out.")
+    if asked.pop("return_dict", True) is False:
+        raise ModelError("BloomModel was asked for a tuple by return_dict=False; leave it out and read the fields.")
     refuse_unknown(type(base).__name__, asked)
     hidden = base.word_embeddings_layernorm(base.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
     wanted = base.config.output_hidden_states if output_hidden_states is None else output_hidden_states

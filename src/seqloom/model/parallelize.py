@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from seqloom.errors import ModelError
 from seqloom.fabric import Axis, Fabric, Pending, broadcast_, start_all_reduce_
 from seqloom.memory import chunked_cross_entropy
-from seqloom.model.adapter import attend
 from seqloom.model.probe import connect, probe
 from seqloom.plan import ModelShape, check
 from seqloom.sequence import LocalBatch, SequenceShard
@@ -38,8 +37,9 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
             "be computed in chunks; merge adapters into it, and give a model with a language modelling head."
         )
     probe(model)
-    connect(model, attend)
-    model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
+    connect(model)
+    for part in (model, model.base_model):
+        part.register_forward_pre_hook(_refuse_what_is_whole, with_kwargs=True)
     model.to(fabric.device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
@@ -47,8 +47,17 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     return model
 
 
-def _refuse_labels(model: nn.Module, _: tuple[Any, ...], given: dict[str, Any]) -> None:
-    """The model's own loss would shift labels inside this rank's part, and average over its tokens alone."""
+def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str, Any]) -> None:
+    """Refuse what only makes sense with the whole sequence at hand.
+
+    The model's own loss would shift labels inside this rank's part, and average over its tokens alone;
+    a cache would hold this rank's keys alone.
+    """
+    if given.get("use_cache") or given.get("past_key_values") is not None:
+        raise ModelError(
+            f"{type(model).__name__} was asked for a cache of keys and values, which would hold this rank's alone; "
+            "call it with use_cache=False, as local.inputs has it."
+        )
     if given.get("labels") is not None:
         raise ModelError(
             f"{type(model).__name__} was given labels, of which it would make a loss of this rank's tokens alone; "

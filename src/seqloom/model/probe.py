@@ -14,14 +14,14 @@ from seqloom.model.bloom import reroute
 PROBE = "seqloom_probe"
 
 
-def connect(model: PreTrainedModel, function: Callable[..., Any]) -> None:
-    """Make every layer of `model` call an attention function of this file's room: `attend` or the probe's."""
+def connect(model: PreTrainedModel, *, probing: bool = False) -> None:
+    """Make every layer of `model` call seqloom's attention, or the probe's."""
     if model.config.model_type == "bloom":
-        reroute(model, function)
+        reroute(model, _witness if probing else attend)
         return
     register()
     AttentionInterface.register(PROBE, _witness)
-    model.set_attn_implementation(NAME if function is attend else PROBE)
+    model.set_attn_implementation(PROBE if probing else NAME)
 
 
 class Probe:
@@ -49,7 +49,7 @@ def probe(model: PreTrainedModel) -> None:
     with torch.device("meta"):
         # In bfloat16, since the grouped product of experts has only that on the meta device.
         twin = build(type(model.config).from_dict(model.config.to_dict())).to(torch.bfloat16)
-        connect(twin, _witness)
+        connect(twin, probing=True)
         witness = Probe()
         tokens = torch.zeros(1, 2, dtype=torch.int64)
         try:

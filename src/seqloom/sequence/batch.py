@@ -23,8 +23,9 @@ class Batch:
     documents: for each row the lengths of the documents packed into it, or None for one document a row.
     padding: for each row the numbers of those documents that are padding.
     rule: what holds inside a document, for every row: causal, window, prefix, allowed.
-    first_row: the number of the first row in the order of the run's data, and seed: what dropout draws
-        from besides positions, so that each row draws afresh, whatever the plan and the batch size.
+    first_row: the number of the first row in the order of the run's data, counted on from batch to batch,
+        and seed: what dropout draws from besides positions, so that each row draws afresh, whatever the
+        plan and the batch size. A model that drops out asks for first_row; others do without.
     """
 
     tokens: Tensor
@@ -32,7 +33,7 @@ class Batch:
     documents: tuple[tuple[int, ...], ...] | None = None
     padding: tuple[tuple[int, ...], ...] | None = None
     rule: Mask = Mask()
-    first_row: int = 0
+    first_row: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class Batch:
         *,
         attention_mask: Tensor | None = None,
         rule: Mask = Mask(),
-        first_row: int = 0,
+        first_row: int | None = None,
         seed: int = 0,
     ) -> "Batch":
         """Make the labels: each token is the label of the one before it in its document.

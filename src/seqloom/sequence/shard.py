@@ -15,6 +15,9 @@ from seqloom.geometry import Layout, Mask, Span, Tile, even_bounds, total
 from seqloom.plan import unsplittable
 from seqloom.sequence.batch import Batch
 
+ASKED = 64
+"""Positions along a row of which each pair is asked, to tell rules of the user's own apart."""
+
 
 @dataclass(frozen=True)
 class RowTiles:
@@ -46,7 +49,7 @@ class SequenceShard:
     ulysses: Axis
     exchange: str
     seed: int = 0
-    first_row: int = 0
+    first_row: int | None = None
     _made: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -148,7 +151,7 @@ def shard_batch(
         ulysses=fabric.ulysses,
         exchange=plan.exchange,
         seed=batch.seed,
-        first_row=batch.first_row + mine.start,
+        first_row=None if batch.first_row is None else batch.first_row + mine.start,
     )
     held = torch.cat([torch.arange(*span) for span in shard.spans])
     parts = (part[mine].index_select(1, held).to(fabric.device) for part in _columns(batch))
@@ -163,8 +166,10 @@ def _same_everywhere(batch: Batch, fabric: Fabric) -> None:
     """Refuse ranks that come with different batches: attention would mix their sequences unnoticed."""
     content = crc32(batch.labels.cpu().numpy().tobytes(), crc32(batch.tokens.cpu().numpy().tobytes()))
     rule = [getattr(batch.rule, f.name) for f in fields(batch.rule) if f.name != "allowed"]
-    # A function's address differs by process; its name does not.
-    rule.append(getattr(batch.rule.allowed, "__qualname__", type(batch.rule.allowed).__name__))
+    if batch.rule.allowed is not None:  # a function cannot be compared across processes, what it says of some pairs can
+        sample = torch.linspace(0, batch.num_tokens - 1, min(batch.num_tokens, ASKED), dtype=torch.float64).long()
+        said_of = torch.as_tensor(batch.rule.allowed(sample[:, None], sample))
+        rule.append(crc32(said_of.expand(len(sample), len(sample)).contiguous().to(torch.uint8).numpy().tobytes()))
     said = (batch.documents, batch.padding, rule, batch.first_row, batch.seed, tuple(batch.tokens.shape))
     content = crc32(repr(said).encode(), content)
     extremes = torch.tensor([content, -content], device=fabric.device)

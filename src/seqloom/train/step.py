@@ -46,8 +46,9 @@ def compute_gradients(
     total = sum(batch.label_count for batch in micro_batches)
     share = torch.zeros((), dtype=torch.float64, device=fabric.device)
     model.zero_grad()
+    windows = layer_windows(model)
     for batch in micro_batches:
-        local, shard = shard_batch(batch, fabric, windows=layer_windows(model))
+        local, shard = shard_batch(batch, fabric, windows=windows)
         with computing(precision, fabric.device):
             loss = token_loss(model, local, shard, total=total, chunk_tokens=chunk_tokens)
         loss.backward()

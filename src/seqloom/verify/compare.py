@@ -41,7 +41,7 @@ class Verdict:
     """A plan's run held against one device's.
 
     loss_error, gradient_norm_error: relative, the worst over the steps. worst_gradient_error: over
-    all parameters and ranks, |g - ref| / max(|ref|, 1e-6 |all g|), in norms, at the first step;
+    all parameters and ranks, |g - ref| / max(|ref|, floor x |all g|), in norms, at the first step;
     worst_parameter has it. parameter_error: likewise of the parameters after all steps. parameters:
     the five worst gradients, as {"name": ..., "gradient_error": ...}. parting: where the runs part
     first, when they do. dropouts_off: the configuration's dropouts, all of which verify sets to 0.

@@ -122,6 +122,8 @@ def _parting(case: Case, fabric: Fabric, run: Trajectory, reference: Trajectory)
     """Where the two runs part first; every rank calls it and gets the same."""
     measure = MEASURES[case.dtype]
     oracle = case.model().to(fabric.device) if fabric.rank == 0 else None
+    if oracle is not None:
+        oracle.set_attn_implementation("eager")  # as the reference ran
     model = parallelize(case.model(), fabric)
     found, order = first_parting(
         oracle, model, case.batches()[0][0], fabric, precision=case.dtype, tolerance=measure.tolerance

@@ -80,7 +80,7 @@ def _scores(q: Tensor, k: Tensor, call: Call, block: Block) -> tuple[Tensor, Ten
     return (scores if hidden is None else scores.masked_fill_(hidden, float("-inf"))), slope
 
 
-def scores(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+def tile_scores(q: Tensor, k: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """The scores [rows, Hq, n, m] of a whole tile, -inf where nothing is seen, and the slope of the soft cap.
 
     q: [rows, Hq, n, D]; k: [rows, Hk, m, D].
