@@ -89,7 +89,8 @@ def shards_of(rule: dict[str, Any], num_tokens: int, ranks: int) -> list[Sequenc
 
 def tensor_bytes() -> int:
     """What the tensors that the collector lists hold, each storage once."""
-    storages = [x.untyped_storage() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    kinds = (torch.Tensor, torch.nn.Parameter)  # not those of shapes alone, which libraries keep
+    storages = [x.untyped_storage() for x in gc.get_objects() if type(x) in kinds and x.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -25,7 +25,7 @@ def batch_of(
 ) -> Batch:
     """Random tokens, the same everywhere."""
     tokens = torch.randint(vocab, (rows, num_tokens), generator=torch.Generator().manual_seed(7))
-    return Batch.from_tokens(tokens, documents, **others)
+    return Batch.from_tokens(tokens, documents, **{"first_row": 0, **others})
 
 
 def dense_loss(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -100,7 +100,9 @@ def test_only_the_instance_changes(tmp_path: Path) -> None:
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no sequence": ({"sequence": None}, "without a sequence"),
     "labels": ({"labels": torch.zeros(1, 48, dtype=torch.int64)}, "use token_loss"),
-    "cache": ({"past_key_values": object()}, "past_key_values"),
+    "cache": ({"past_key_values": object()}, "use_cache=False"),
+    "cache asked for": ({"use_cache": True}, "use_cache=False"),
+    "tuple": ({"return_dict": False}, "return_dict=False"),
     "weights of attention": ({"output_attentions": True}, "output_attentions"),
     "padding": ({"attention_mask": torch.arange(48)[None] > 3}, "Batch.from_tokens(tokens, attention_mask=...)"),
     "dense mask": ({"attention_mask": torch.zeros(1, 1, 48, 48)}, "rule=Mask(allowed=...)"),

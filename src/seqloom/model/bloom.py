@@ -85,14 +85,11 @@ def _base_forward(
     attention_mask: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     output_hidden_states: bool | None = None,
-    past_key_values: Any = None,
     sequence: Any = None,
     **asked: Any,
 ) -> BaseModelOutputWithPastAndCrossAttentions:
     """In place of BloomModel.forward: the blocks hand what stands at `alibi` on to their attention."""
     no_mask(attention_mask=attention_mask)
-    if past_key_values is not None:
-        raise ModelError("BloomModel was given past_key_values, which a split sequence has no cache for; leave it out.")
     if asked.pop("return_dict", True) is False:
         raise ModelError("BloomModel was asked for a tuple by return_dict=False; leave it out and read the fields.")
     refuse_unknown(type(base).__name__, asked)
