@@ -67,6 +67,10 @@ class Loop:
         """Whose blocks come by, one's own first."""
         return [(self.rank - step) % len(self.places) for step in range(len(self.places))]
 
+    def _at(self, owner: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Gives the positions of this rank's queries and of the owner's keys."""
+        return lambda: (self.places[self.rank], self.places[owner])
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """out in the type of q, and the log-sum-exp."""
         met = Partial(self.q, self.q.shape[3])

@@ -56,8 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     scale, tokens = (SMALL, [SMALL_TOKENS]) if small else (FULL, [int(number) for number in asked.tokens])
     sizes = Sizes(0, scale.heads, scale.kv_heads, scale.width, scale.dtype, asked.device)
     about = {"ranks": RANKS, "heads": scale.heads, "kv_heads": scale.kv_heads, "width": scale.width}
-    record = Record("gpu_attention", {**about, "tokens_per_rank": tokens, "repeats": asked.repeats})
-    if asked.device == "cuda" and not torch.cuda.is_available():
+    here = asked.device == "cpu" or torch.cuda.is_available()
+    settings = {**about, "tokens_per_rank": tokens, "repeats": asked.repeats}
+    record = Record("gpu_attention", settings, timed=here)
+    if not here:
         page = record.write("Not measured: there is no CUDA GPU here.", asked.out)
     else:
         page = record.write("Nothing measured yet.", asked.out)

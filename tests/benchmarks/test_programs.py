@@ -58,12 +58,13 @@ def test_mask_memory_counts_tensors() -> None:
     assert mask_memory.tensor_bytes() >= held[0].numel()
 
 
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=False, allowed=lambda q, k: k <= q)], ids=["tiles", "positions"])
 @pytest.mark.parametrize("kind", ["zigzag", "contiguous", "balanced"])
-def test_the_emulated_ring_is_the_whole(kind: str) -> None:
-    """Catches a loop that is timed without some of its blocks, tiles or gradients."""
+def test_the_emulated_ring_is_the_whole(kind: str, mask: Mask) -> None:
+    """Catches a loop that is timed without some of its blocks, tiles or gradients, or at other positions."""
     truth = gpu_attention.exact(TINY)
     layout = Layout(kind, TINY.num_tokens, 3)
-    found = whole([Loop(TINY, layout, rank, Mask()) for rank in range(3)])
+    found = whole([Loop(TINY, layout, rank, mask) for rank in range(3)])
     for part, true in zip(found, truth, strict=True):
         assert_close(part, true, tolerance=1e-12, ranks=3)
 
