@@ -26,7 +26,7 @@ def visible_pairs(batch: Batch, row: int, window: int | None) -> Tensor:
             seen &= apart.abs() < limit
     seen |= place < rule.prefix
     if rule.allowed is not None:
-        seen &= rule.allowed(position[:, None], position)
+        seen &= torch.as_tensor(rule.allowed(position[:, None], position)).bool()
     seen &= document[:, None] == document
     padding = batch.padding[row] if batch.padding else ()
     return seen & ~torch.isin(document, torch.tensor(padding, dtype=torch.int64))[:, None]

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from attention.oracle import compare
 from pool import Pool
+from seqloom.attention import attention
 from seqloom.fabric import Fabric
 from seqloom.geometry import Mask
 from seqloom.plan import Plan
-from seqloom.sequence import Batch
+from seqloom.sequence import Batch, shard_batch
 
 EVEN, UNEVEN = 48, 61  # 61 is prime
 
@@ -165,6 +166,42 @@ def test_every_option(pool: Pool, spread: str, exchange: str) -> None:
         ]
     ]
     assert pool.run(plan.world_size, several, str(plan), cases) == [len(cases)] * plan.world_size
+
+
+def as_a_number(q: Any, k: Any) -> Any:
+    """A rule that says 0 or 1."""
+    return ((q - k) % 3 != 1) * 1
+
+
+def everything(q: Any, k: Any) -> bool:
+    """A rule that is one answer for all pairs."""
+    return True
+
+
+@pytest.mark.parametrize("text", ["data=1", "ring=2", "ring=2 exchange=rsa"])
+def test_rules_need_not_be_tensors_of_bools(pool: Pool, text: str) -> None:
+    """Catches a rule of numbers, or of one answer, that is misread or fails in a kernel."""
+    cases = [(UNEVEN, {}, Mask(allowed=rule), (6, 2), "fast", {}) for rule in (as_a_number, everything)]
+    world = Plan.parse(text).world_size
+    assert pool.run(world, several, text, cases) == [2] * world
+
+
+def sinks_of_nothing(value: float) -> tuple[float, bool]:
+    """The largest gradient of the sinks under left padding, and whether all outputs are finite."""
+    kept = torch.arange(12)[None] > 4
+    batch = Batch.from_tokens(torch.zeros(1, 12, dtype=torch.int64), attention_mask=kept)
+    _, shard = shard_batch(batch, Fabric.build(Plan()))
+    q, k, v = (torch.randn(1, 2, 12, 4, dtype=torch.float64) for _ in range(3))
+    sinks = torch.full((2,), value, dtype=torch.float64).requires_grad_()
+    out = attention(q, k, v, shard, sinks=sinks)
+    out.sum().backward()
+    return sinks.grad.abs().max().item(), bool(out.isfinite().all())
+
+
+def test_a_sink_of_minus_infinity_is_none(pool: Pool) -> None:
+    """Catches NaN from infinity less infinity where a query sees nothing, and a NaN hidden as 0."""
+    assert pool.run(1, sinks_of_nothing, float("-inf")) == [(0.0, True)]
+    assert pool.run(1, sinks_of_nothing, float("nan"))[0][1] is False
 
 
 @pytest.mark.parametrize("inner", [1, 2, 3, 6])

@@ -107,6 +107,10 @@ def test_a_band_takes_pieces_as_wide_as_itself() -> None:
     [
         ({"window": 0}, "window of 0"),
         ({"prefix": -1}, "prefix of -1"),
+        ({"window": 2.5}, "whole numbers"),
+        ({"window": True}, "whole numbers"),
+        ({"causal": "no"}, "neither true nor false"),
+        ({"allowed": 5}, "cannot be called"),
         ({"documents": (3,), "padding": (1,)}, "Padding names documents"),
         ({"padding": (0,)}, "there are 0"),
     ],

@@ -138,6 +138,8 @@ def test_padding_inside_packed_documents() -> None:
     ("kept", "said"),
     [
         ([[1, 0, 1, 1]], "in the midst of a document"),
+        ([[1, 1, 2, 2]], "other numbers than 0 and 1"),
+        ([[0.0, 0.0, -1e9, -1e9]], "other numbers than 0 and 1"),
         ([[1, 1, 1]], r"is \[1, 3\], but the tokens are \[1, 4\]"),
     ],
 )
@@ -153,6 +155,8 @@ def test_masks_that_are_no_padding(kept: list[list[int]], said: str) -> None:
         ({"rule": Mask(documents=(4,))}, "holds for every row"),
         ({"padding": ((0,),)}, "named by document"),
         ({"documents": ((4,),), "padding": ((0,), (0,))}, "for 2 rows"),
+        ({"documents": [[4]]}, "no tuple of tuples"),
+        ({"documents": ((4.0,),)}, "no tuple of tuples"),
     ],
 )
 def test_rules_that_do_not_fit(fields: dict[str, Any], said: str) -> None:

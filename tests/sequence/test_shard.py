@@ -1,13 +1,15 @@
 """Shards: every token, label and position goes to exactly one rank, and all ranks agree on the batch."""
 
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from pool import Pool
-from seqloom.errors import PlanError, SeqloomError
+from seqloom.errors import DataError, PlanError, SeqloomError
 from seqloom.fabric import Fabric
 from seqloom.geometry import Mask
 from seqloom.plan import Plan, shortest
@@ -93,7 +95,8 @@ def differing(what: str) -> None:
     given = fields.get(what, {}) if fabric.rank == 1 else {}
     if what == "allowed" and fabric.rank != 1:
         given = {"rule": Mask(allowed=lambda q, k: q - k < 4)}
-    shard_batch(Batch(tokens, labels, tuple(map(tuple, documents)), **given), fabric)
+    windows = (4,) if what == "windows" and fabric.rank == 1 else (None,)
+    shard_batch(Batch(tokens, labels, tuple(map(tuple, documents)), **given), fabric, windows=windows)
 
 
 def differing_seen(what: str) -> str:
@@ -104,7 +107,7 @@ def differing_seen(what: str) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize("what", ["tokens", "labels", "documents", "rule", "allowed", "seed", "first row"])
+@pytest.mark.parametrize("what", ["tokens", "labels", "documents", "rule", "allowed", "windows", "seed", "first row"])
 def test_ranks_with_different_batches(pool: Pool, what: str) -> None:
     """Catches sequences mixed in attention because one rank's data order differs; every rank must hear of it."""
     said = pool.run(3, differing_seen, what)
@@ -156,3 +159,11 @@ def test_an_empty_batch_is_refused(pool: Pool) -> None:
     """Catches a batch without rows that runs to a loss of nothing."""
     with pytest.raises(SeqloomError):
         pool.run(2, shard_rows, "ring=2", 0, 16)
+
+
+@pytest.mark.parametrize("rule", [lambda q, k: None, lambda q, k: torch.ones(5), lambda q, k: q > 3 and k > 3])
+def test_rules_that_say_nothing(rule: Callable[[Any, Any], Any]) -> None:
+    """Catches a rule that fails far from here, in the first layer, in torch's words."""
+    batch = Batch.from_tokens(torch.zeros(1, 12, dtype=torch.int64), rule=Mask(allowed=rule))
+    with pytest.raises(DataError, match="elementwise operators"):
+        shard_batch(batch, Fabric.build(Plan()))

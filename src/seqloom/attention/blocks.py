@@ -174,5 +174,6 @@ def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None) 
     if sinks is None:
         return None
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    # A sink of -inf is none, even for a query that sees nothing else.
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse.isneginf(), 0.0))
     return -(weight * delta).sum((0, 2)).to(sinks.dtype)

@@ -1,5 +1,7 @@
 """The one way into attention: Ulysses outside, an exchange over the ring inside, either of degree 1."""
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def attention(  # noqa: PLR0913
         # As torch does for its own attention; rotary angles leave q and k in float32 but v in the lower type.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     _check(q, k, v, sequence)
-    _check_options(q.shape[1], sequence, softcap, slopes, sinks, dropout, layer)
+    _check_options(q.shape[1], sequence, scale, softcap, slopes, sinks, dropout, layer)
     # Fused kernels read the last dim as if it were laid out in memory.
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     ulysses = sequence.ulysses
@@ -110,6 +112,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard) -> None:
 def _check_options(
     heads: int,
     sequence: SequenceShard,
+    scale: float,
     softcap: float | None,
     slopes: Tensor | None,
     sinks: Tensor | None,
@@ -121,8 +124,9 @@ def _check_options(
             raise DataError(f"{name} are {list(x.shape)}, but there are {heads} query heads; give one number a head.")
     if slopes is not None and slopes.requires_grad:
         raise DataError("slopes that are learned would get no gradient; give them detached, as ALiBi has them.")
-    if softcap is not None and softcap <= 0:
-        raise DataError(f"A soft cap of {softcap} is not possible; it is above 0, or None for none.")
+    for name, number in (("scale", scale), ("soft cap", softcap)):
+        if number is not None and (not isinstance(number, float | int) or not 0 < number < inf):
+            raise DataError(f"A {name} of {number} is not possible; it is a number above 0, not a learned one.")
     if dropout and (layer is None or sequence.first_row is None):
         raise DataError(
             "Dropout draws by layer and by the row's number in the run's data, so that no two draw alike; "

@@ -62,7 +62,7 @@ class Scoring:
             slopes=self.slopes,
             q_positions=q_positions,
             k_positions=k_positions,
-            allowed=allowed,
+            allowed=None if allowed is None else lambda q, k: torch.as_tensor(allowed(q, k), device=q.device).bool(),
             dropout=self.dropout,
             dropout_keys=None if self.dropout_keys is None else self.dropout_keys[rows],
         )
@@ -79,7 +79,8 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 
 def _share(lse_a: Tensor, lse_b: Tensor) -> Tensor:
     """The weight of b; 0 where neither saw anything."""
-    return torch.sigmoid(lse_b - lse_a).nan_to_num(0.0)[..., None]
+    neither = lse_a.isneginf() & lse_b.isneginf()
+    return torch.sigmoid(lse_b - lse_a).masked_fill(neither, 0.0)[..., None]
 
 
 class Partial:

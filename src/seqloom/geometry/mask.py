@@ -37,6 +37,14 @@ class Mask:
     allowed: Callable[[Any, Any], Any] | None = None
 
     def __post_init__(self) -> None:
+        if type(self.causal) is not bool:
+            raise DataError(f"causal={self.causal!r} is neither true nor false; False is full attention.")
+        if (self.window is not None and type(self.window) is not int) or type(self.prefix) is not int:
+            raise DataError(
+                f"window={self.window!r} and prefix={self.prefix!r} count tokens; give whole numbers, None for no window."
+            )
+        if self.allowed is not None and not callable(self.allowed):
+            raise DataError(f"allowed={self.allowed!r} cannot be called; give a function of two positions.")
         if self.window is not None and self.window < 1:
             raise DataError(f"A window of {self.window} tokens lets no token see itself; the smallest is 1.")
         if self.prefix < 0:

@@ -49,6 +49,15 @@ class Batch:
             raise DataError(f"A label is negative but not {NO_LABEL}; mark positions without a label by {NO_LABEL}.")
         if self.rule.documents is not None:
             raise DataError("The rule of a batch holds for every row; name the documents of each row in `documents`.")
+        for name, rows_of in (("documents", self.documents), ("padding", self.padding)):
+            plain = rows_of is None or (
+                isinstance(rows_of, tuple)
+                and all(isinstance(row, tuple) and all(type(number) is int for number in row) for row in rows_of)
+            )
+            if not plain:
+                raise DataError(
+                    f"The {name} are no tuple of tuples of whole numbers, one a row; from_tokens takes lists."
+                )
         if self.documents is None:
             if self.padding is not None:
                 raise DataError("Padding is named by document, but no documents are; from_tokens finds both.")
@@ -124,6 +133,11 @@ def _padded(attention_mask: Tensor, batch: Batch) -> dict[str, tuple[tuple[int, 
         raise DataError(
             f"The attention_mask is {list(attention_mask.shape)}, but the tokens are {list(batch.tokens.shape)}; give "
             "one 0 or 1 a token, and any other mask as Batch(rule=Mask(...))."
+        )
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise DataError(
+            "The attention_mask holds other numbers than 0 and 1; give 1 for a token, 0 for padding, and name packed "
+            "documents by their lengths."
         )
     documents, padding = [], []
     for row, kept in enumerate((attention_mask != 0).cpu()):

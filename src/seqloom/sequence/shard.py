@@ -137,7 +137,7 @@ def shard_batch(
     reasons = list(unsplittable(plan, batch.num_tokens, len(batch.tokens)))
     if reasons:
         raise PlanError(reasons)
-    _same_everywhere(batch, fabric)
+    _same_everywhere(batch, windows, fabric)
     rows = len(batch.tokens) // plan.data
     mine = slice(fabric.data.rank * rows, (fabric.data.rank + 1) * rows)
     masks = tuple(batch.mask(row) for row in range(mine.start, mine.stop))
@@ -162,15 +162,13 @@ def _columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return batch.tokens.cpu(), batch.positions(), batch.labels.cpu()
 
 
-def _same_everywhere(batch: Batch, fabric: Fabric) -> None:
+def _same_everywhere(batch: Batch, windows: tuple[int | None, ...], fabric: Fabric) -> None:
     """Refuse ranks that come with different batches: attention would mix their sequences unnoticed."""
     content = crc32(batch.labels.cpu().numpy().tobytes(), crc32(batch.tokens.cpu().numpy().tobytes()))
     rule = [getattr(batch.rule, f.name) for f in fields(batch.rule) if f.name != "allowed"]
     if batch.rule.allowed is not None:  # a function cannot be compared across processes, what it says of some pairs can
-        sample = torch.linspace(0, batch.num_tokens - 1, min(batch.num_tokens, ASKED), dtype=torch.float64).long()
-        said_of = torch.as_tensor(batch.rule.allowed(sample[:, None], sample))
-        rule.append(crc32(said_of.expand(len(sample), len(sample)).contiguous().to(torch.uint8).numpy().tobytes()))
-    said = (batch.documents, batch.padding, rule, batch.first_row, batch.seed, tuple(batch.tokens.shape))
+        rule.append(crc32(_said_of_some_pairs(batch.rule.allowed, batch.num_tokens).numpy().tobytes()))
+    said = (batch.documents, batch.padding, rule, windows, batch.first_row, batch.seed, tuple(batch.tokens.shape))
     content = crc32(repr(said).encode(), content)
     extremes = torch.tensor([content, -content], device=fabric.device)
     high, low = all_reduce_(extremes, fabric.world, "max").tolist()
@@ -179,3 +177,18 @@ def _same_everywhere(batch: Batch, fabric: Fabric) -> None:
             "The ranks were given different batches; every rank passes the same global batch to shard_batch, "
             "which takes its part (seed every rank's data order alike)."
         )
+
+
+def _said_of_some_pairs(allowed: Callable[[Any, Any], Any], num_tokens: int) -> Tensor:
+    """[asked, asked] bool: what a rule of the user's own says of some pairs; raises DataError where it is none."""
+    drawn = torch.randint(num_tokens, (ASKED // 2,), generator=torch.Generator().manual_seed(num_tokens))
+    spread = torch.linspace(0, num_tokens - 1, ASKED // 2, dtype=torch.float64).long()
+    asked = torch.cat([spread, drawn])
+    try:
+        said = torch.as_tensor(allowed(asked[:, None], asked))
+        return said.expand(len(asked), len(asked)).to(torch.bool).contiguous()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The mask's rule `allowed` gives no true or false for each pair of {len(asked)} x {len(asked)} positions "
+            f"({' '.join(str(error).split())[:120]}); write it with elementwise operators: (q - k) % 4 == 0, & and |."
+        ) from error
