@@ -150,7 +150,10 @@ VERIFY = ("verify", "--model", "llama")
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--plan", "ring=2", "--documents", "60,x"), "--documents '60,x' is not a list of lengths; write them as"),
+        (
+            ("--plan", "ring=2", "--documents", "60,x"),
+            "--documents '60,x' is not a list of lengths of 1 or more; write them as",
+        ),
         (("--plan", "ring=2", "--documents", ""), "--documents '' is not a list of lengths"),
         (("--plan", "ring=2", "--documents", "60,0,4"), "--documents '60,0,4' is not a list of lengths"),
         (

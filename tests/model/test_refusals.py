@@ -156,6 +156,11 @@ CALLS: dict[str, tuple[Call, str]] = {
         "dense attention_mask of 4 dims; the mask comes with the sequence shard: write it as a rule on positions, "
         "Batch(..., rule=Mask(allowed=...))",
     ),
+    "without positions": (
+        lambda model, inputs, shard: model(input_ids=inputs["input_ids"], sequence=shard),
+        "called without position_ids",
+    ),
+    "a cache": (lambda model, inputs, shard: model(**{**inputs, "use_cache": True}, sequence=shard), "use_cache=False"),
     "unknown option": (lambda model, inputs, shard: model(**inputs, sequence=shard, temperature=0.7), "=0.7"),
     "unknown tensor": (
         lambda model, inputs, shard: model(**inputs, sequence=shard, head_mask=torch.zeros(4)),

@@ -312,3 +312,17 @@ def test_numbers_given_by_hand_are_kept(given: dict[str, int], heads: int, kv_he
     grown = fit(LLAMA, Plan(ulysses=4), 64, **given)
     assert (grown["num_attention_heads"], grown["num_key_value_heads"]) == (heads, kv_heads)
     assert grown["hidden_size"] == heads * 8
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 is no cap"),
+        ("gemma2", {"final_logit_softcapping": -1.0}, "final_logit_softcapping=-1.0 is no cap"),
+        ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "set slow_but_exact to false"),
+    ],
+)
+def test_settings_that_would_be_ignored(family: str, changes: dict[str, Any], said: str) -> None:
+    """Catches a cap of 0 taken for none, and a product of BLOOM's that leaves out biases."""
+    assert said in ModelShape.from_config({**read_config(family), **changes}).unsupported[0]
+    assert not ModelShape.from_config(read_config(family)).unsupported

@@ -10,9 +10,10 @@ import pytest
 
 from pool import Pool
 from seqloom.cli import main as cli
+from seqloom.errors import ModelError
 from seqloom.geometry import Mask
-from seqloom.plan import TINY_SHAPES
-from seqloom.verify import Case, Parting, Verdict, verify_here
+from seqloom.plan import TINY_SHAPES, Plan
+from seqloom.verify import Case, Parting, Verdict, verify, verify_here
 
 KEYS = {
     "plan",
@@ -199,3 +200,19 @@ def test_a_missing_option_is_status_2(monkeypatch: pytest.MonkeyPatch, capsys: p
     """Catches usage errors that look like a verdict."""
     assert call(monkeypatch, "verify", "--model", "llama") == 2
     assert "--plan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("gemma3_text", {"hidden_size": 24, "num_attention_heads": 5, "num_key_value_heads": 5}, "cannot build"),
+        ("bloom", {"hidden_size": 41, "n_head": 5}, "cannot build"),
+        ("gpt_oss", {"num_experts_per_tok": 9}, "cannot be split"),
+    ],
+)
+def test_configurations_that_cannot_be_built(family: str, changes: dict[str, object], said: str) -> None:
+    """Catches a model that fails in a worker, in another library's words, after processes have started."""
+    config = {**TINY_SHAPES[family], **changes}
+    with pytest.raises(ModelError, match=said) as caught:
+        verify(Case(config=config, plan=Plan(), num_tokens=16))
+    assert "\n" not in str(caught.value)

@@ -27,5 +27,5 @@ def document_lengths(documents: str | None) -> tuple[int, ...] | None:
         return None
     parts = documents.replace(" ", "").split(",")
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--documents '{documents}' is not a list of lengths; write them as 60,7,61.")
+        raise ConfigError(f"--documents '{documents}' is not a list of lengths of 1 or more; write them as 60,7,61.")
     return tuple(map(int, parts))

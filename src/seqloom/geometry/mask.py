@@ -41,7 +41,7 @@ class Mask:
             raise DataError(f"causal={self.causal!r} is neither true nor false; False is full attention.")
         if (self.window is not None and type(self.window) is not int) or type(self.prefix) is not int:
             raise DataError(
-                f"window={self.window!r} and prefix={self.prefix!r} count tokens; give whole numbers, None for no window."
+                f"window={self.window!r} and prefix={self.prefix!r} count tokens; give whole numbers, or no window."
             )
         if self.allowed is not None and not callable(self.allowed):
             raise DataError(f"allowed={self.allowed!r} cannot be called; give a function of two positions.")

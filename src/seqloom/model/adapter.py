@@ -89,7 +89,7 @@ def attend(  # noqa: PLR0913
         sequence,
         scale=scaling,
         window=sliding_window,
-        softcap=softcap or None,
+        softcap=softcap,
         slopes=slopes,
         sinks=s_aux,
         dropout=drop,
@@ -114,4 +114,4 @@ def refuse_unknown(layer: str, asked: dict[str, Any]) -> None:
         # None, 0 and False are how families say that they do not use an option.
         if name not in NEUTRAL and (isinstance(given, Tensor) or given):
             said = f"a tensor {list(given.shape)}" if isinstance(given, Tensor) else given
-            raise ModelError(f"{layer} asks attention for {name}={said}, which is not supported yet; set it to none.")
+            raise ModelError(f"{layer} asks attention for {name}={said}, which is not supported yet; leave it out.")

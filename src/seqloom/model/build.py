@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -30,6 +31,19 @@ def weights_folder(source: str | None) -> Path | None:
     if folder is None or not folder.is_dir():
         return None
     return folder if any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")) else None
+
+
+def outline(settings: Mapping[str, Any]) -> PreTrainedModel:
+    """The causal language model of a Hugging Face configuration, of shapes alone: on the meta device, without weights.
+
+    Raises ModelError where transformers cannot make it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**settings, "dtype": "float32"}))
+    except (StrictDataclassError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"transformers cannot build this model ({said}); correct its configuration.") from error
 
 
 def build_model(

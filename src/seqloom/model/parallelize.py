@@ -51,8 +51,13 @@ def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str,
     """Refuse what only makes sense with the whole sequence at hand.
 
     The model's own loss would shift labels inside this rank's part, and average over its tokens alone;
-    a cache would hold this rank's keys alone.
+    a cache would hold this rank's keys alone; positions would count from this rank's first token.
     """
+    if given.get("sequence") is not None and given.get("position_ids") is None:
+        raise ModelError(
+            f"{type(model).__name__} was called without position_ids, which it would count from this rank's first "
+            "token; call it with model(**local.inputs, sequence=shard)."
+        )
     if given.get("use_cache") or given.get("past_key_values") is not None:
         raise ModelError(
             f"{type(model).__name__} was asked for a cache of keys and values, which would hold this rank's alone; "

@@ -158,7 +158,9 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         ("attn_logit_softcapping", "soft-capped attention scores", ("gemma2",)),
         ("final_logit_softcapping", "soft-capped logits", ("gemma2", "gemma3_text")),
     ):
-        if config.get(key) and family not in families:
+        if config.get(key) is not None and not config[key] > 0:
+            found.append(f"{key}={config[key]} is no cap, by which transformers would divide; give null for none.")
+        elif config.get(key) and family not in families:
             had = " and ".join(families)
             found.append(f"{key}={config[key]} asks for {what}, which only {had} can have; set it to null.")
     for key, what in (
@@ -167,6 +169,11 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     ):
         if config.get(key):
             found.append(f"{key}={config[key]} asks for {what}, which is not supported yet; set it to false.")
+    if family == "bloom" and config.get("slow_but_exact") and config.get("pretraining_tp", 1) > 1:
+        found.append(
+            "slow_but_exact=true with pretraining_tp above 1 leaves out biases, which is not supported; "
+            "set slow_but_exact to false."
+        )
     if family == "bloom" and config.get("hidden_dropout"):
         found.append(
             f"hidden_dropout={config['hidden_dropout']} would depend on how the sequence is split; set it to 0.0 "

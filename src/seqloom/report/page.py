@@ -63,7 +63,7 @@ def render(folder: Folder) -> str:
         panels_left=len(panels) - len(panels[:MAX_PANELS]),
         bars=bars(folder, layout),
         position_ticks=figures.position_ticks(run.num_tokens),
-        held=total(layout.shard(0, 0)),
+        held=held(layout),
         works=works(layout),
         max_work_rows=MAX_WORK_ROWS,
         traffic=traffic(folder),
@@ -201,6 +201,12 @@ def bars(folder: Folder, layout: Layout) -> tuple[Bar, ...]:
         zoom = figures.zoom_bar(owners, num_tokens, step) if step > 1 else ()
         found.append(Bar(title, figures.whole_bar(owners, num_tokens), height, zoom, len(zoom)))
     return tuple(found)
+
+
+def held(layout: Layout) -> str:
+    """How many tokens a process holds: a number, or a range where they differ by one."""
+    sizes = {total(layout.shard(r, u)) for r in range(layout.ring) for u in range(layout.ulysses)}
+    return " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
 
 
 def works(layout: Layout) -> tuple[figures.Work, ...]:

@@ -13,7 +13,7 @@ from seqloom.errors import DataError, ModelError, NumericsError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
 from seqloom.geometry import Mask
-from seqloom.model import build_model, parallelize
+from seqloom.model import build_model, outline, parallelize, probe
 from seqloom.plan import ModelShape, Plan, check, without_dropout
 from seqloom.sequence import Batch
 from seqloom.train import apply_gradients, compute_gradients
@@ -101,6 +101,7 @@ def verify(case: Case) -> Verdict:
     Raises what `Case.check` finds before any process starts.
     """
     case.check()
+    probe(outline(case.settings))  # a model that cannot be built is told in one sentence, not by a process that ends
     return run_local(case.plan.world_size, verify_here, case)[0]
 
 
