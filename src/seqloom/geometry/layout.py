@@ -88,6 +88,7 @@ class Layout:
         1.875
         """
         counts = Counter(masks)  # rows and layers often share a mask
-        each = [tuple(times * pairs for pairs in self.work(mask)) for mask, times in counts.items()]
-        work = [sum(rank) for rank in zip(*each, strict=True)]
+        work = [0] * self.ring
+        for mask, times in counts.items():
+            work = [pairs + times * more for pairs, more in zip(work, self.work(mask), strict=True)]
         return max(work) * len(work) / max(1, sum(work))
