@@ -105,3 +105,30 @@ def test_autocast_sends_bfloat16(pool: Pool, text: str) -> None:
         assert sent == plain_sent and sent
         assert [x.dtype for x in parts] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
         assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(plain_parts, parts, strict=True))
+
+
+def backward_inside(text: str, inside: bool) -> list[Tensor]:
+    """out, dq, dk, dv of this rank in float32, with a soft cap, so that the plain kernel computes; backward under
+    autocast or after it."""
+    fabric = Fabric.build(Plan.parse(text))
+    (q, k, v, dout), batch = case()
+    _, shard = shard_batch(batch, fabric)
+    held = torch.tensor([p for span in shard.spans for p in range(*span)])
+    mine = [x[:, :, held].clone().requires_grad_() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*mine, shard, softcap=3.0)
+        if inside:
+            out.backward(dout[:, :, held])
+    if not inside:
+        out.backward(dout[:, :, held])
+    return [out.detach(), *(x.grad for x in mine)]
+
+
+@pytest.mark.parametrize("text", ["data=1", "ring=2", "ring=2 exchange=needed", "ring=2 exchange=rsa"])
+def test_backward_inside_autocast(pool: Pool, text: str) -> None:
+    """Catches matrix products of backward rounded to bfloat16 because backward was called inside autocast."""
+    world = Plan.parse(text).world_size
+    for within, after in zip(
+        *(pool.run(world, backward_inside, text, inside) for inside in (True, False)), strict=True
+    ):
+        assert all(torch.equal(a, b) and a.any() for a, b in zip(within, after, strict=True))

@@ -78,27 +78,32 @@ class RingSelfAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """From dout like out; returns the gradients of q, k, v and sinks."""
-        q, k, v, out, lse, weights, bends, sinks = ctx.saved_tensors
-        rings, dtype = ctx.rings, weights.dtype
-        dout = grads[0].to(dtype)
-        delta = (dout * out).sum(-1, keepdim=True)
-        errors = torch.zeros_like(weights)  # the gradient of q k^T
-        trips = [rings.trip(x) for x in (k, v)]
-        for tile, call, values, into in rings.tiles(ring.returns(trips[1])):
-            grad, p = cut(dout, tile.rows, tile.q), weights[tile.place]
-            dp = _dropped(grad @ values.to(dtype).transpose(-1, -2), call)
-            errors[tile.place] = p * (dp - cut(delta, tile.rows, tile.q)) * call.scale
-            into.add_(gathered(_dropped(p, call).transpose(-1, -2) @ grad, rings.reads, v.shape[1]))
-        if bends is not None:
-            errors *= bends
-        dq = torch.zeros_like(q, dtype=dtype)
-        for tile, _, keys, into in rings.tiles(ring.returns(trips[0])):
-            error = errors[tile.place]
-            cut(dq, tile.rows, tile.q).add_(error @ keys.to(dtype))
-            queries = cut(q, tile.rows, tile.q).to(dtype)
-            into.add_(gathered(error.transpose(-1, -2) @ queries, rings.reads, k.shape[1]))
-        dk, dv = (trip.home.totals[0].finish().to(q.dtype) for trip in trips)
-        return dq.to(q.dtype), dk, dv, sink_gradient(dout, out, lse, sinks), None, None, None
+        with torch.autocast(grads[0].device.type, enabled=False):  # as in forward
+            return _backward(ctx, grads[0])
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, weights, bends, sinks = ctx.saved_tensors
+    rings, dtype = ctx.rings, weights.dtype
+    dout = grad_out.to(dtype)
+    delta = (dout * out).sum(-1, keepdim=True)
+    errors = torch.zeros_like(weights)  # the gradient of q k^T
+    trips = [rings.trip(x) for x in (k, v)]
+    for tile, call, values, into in rings.tiles(ring.returns(trips[1])):
+        grad, p = cut(dout, tile.rows, tile.q), weights[tile.place]
+        dp = _dropped(grad @ values.to(dtype).transpose(-1, -2), call)
+        errors[tile.place] = p * (dp - cut(delta, tile.rows, tile.q)) * call.scale
+        into.add_(gathered(_dropped(p, call).transpose(-1, -2) @ grad, rings.reads, v.shape[1]))
+    if bends is not None:
+        errors *= bends
+    dq = torch.zeros_like(q, dtype=dtype)
+    for tile, _, keys, into in rings.tiles(ring.returns(trips[0])):
+        error = errors[tile.place]
+        cut(dq, tile.rows, tile.q).add_(error @ keys.to(dtype))
+        queries = cut(q, tile.rows, tile.q).to(dtype)
+        into.add_(gathered(error.transpose(-1, -2) @ queries, rings.reads, k.shape[1]))
+    dk, dv = (trip.home.totals[0].finish().to(q.dtype) for trip in trips)
+    return dq.to(q.dtype), dk, dv, sink_gradient(dout, out, lse, sinks), None, None, None
 
 
 @dataclass(frozen=True)
