@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from seqloom.attention import dropout
 from seqloom.attention.dropout import keep, keys
+from seqloom.sequence import coin
 
 N = 256
 PLACES = torch.arange(N)
@@ -69,7 +69,7 @@ def test_neighbours_are_independent() -> None:
 def test_coins_are_uniform() -> None:
     """Catches bits that are stuck or lean to one side."""
     key = keys(3, [0], 0, [0])
-    bits = dropout._mix(key + PLACES[:, None] * dropout.GOLDEN + torch.arange(64) * dropout.FIRST).flatten()
+    bits = coin.mix(key + PLACES[:, None] * coin.GOLDEN + torch.arange(64) * coin.FIRST).flatten()
     for bit in range(64):
         within((bits >> bit) & 1 == 1, 0.5)
 

@@ -13,7 +13,7 @@ from seqloom.attention.ring import RING
 from seqloom.attention.rsa import RingSelfAttention
 from seqloom.attention.ulysses import to_heads, to_tokens
 from seqloom.errors import DataError
-from seqloom.geometry import HeadSplit, total
+from seqloom.geometry import HeadSplit, Span, total
 from seqloom.sequence import SequenceShard
 
 EXCHANGES: dict[str, Exchange] = {"ring": RING, "gather": GATHER, "needed": NEEDED}
@@ -67,7 +67,9 @@ def attention(  # noqa: PLR0913
         softcap=softcap,
         slopes=None if slopes is None else slopes[here],
         dropout=dropout,
-        dropout_keys=_dropout_keys(sequence, layer, range(*heads), q.device) if dropout else None,
+        dropout_keys=_dropout_keys(sequence, layer, _numbers(heads, sequence, q.shape[1]), q.device)
+        if dropout
+        else None,
         reads=None
         if reads is None
         else sequence.once(("reads", reads, q.device), lambda: torch.tensor(reads, device=q.device)),
@@ -82,10 +84,16 @@ def attention(  # noqa: PLR0913
         return to_tokens(out, split, sequence.group_tokens, ulysses)
 
 
-def _dropout_keys(sequence: SequenceShard, layer: int | None, heads: range, device: torch.device) -> Tensor:
+def _numbers(heads: Span, sequence: SequenceShard, held: int) -> Span:
+    """The numbers in the whole model of some of the heads that this tensor rank holds."""
+    first = sequence.head_rank * held
+    return Span(first + heads.start, first + heads.stop)
+
+
+def _dropout_keys(sequence: SequenceShard, layer: int | None, heads: Span, device: torch.device) -> Tensor:
     samples = range(sequence.first_row, sequence.first_row + len(sequence.masks))
     return sequence.once(
-        ("dropout", layer, heads, device), lambda: dropout_keys(sequence.seed, samples, layer, heads, device)
+        ("dropout", layer, heads, device), lambda: dropout_keys(sequence.seed, samples, layer, range(*heads), device)
     )
 
 

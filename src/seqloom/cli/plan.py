@@ -1,7 +1,7 @@
 """seqloom plan"""
 
 from collections.abc import Iterable, Iterator
-from itertools import product
+from itertools import islice, product
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +11,7 @@ from seqloom.errors import ConfigError
 if TYPE_CHECKING:
     from seqloom.geometry import Layout, Mask
     from seqloom.plan import ModelShape, Plan
+    from seqloom.planner import Tokens
 
 MOST_RANKS = 64
 """The bytes of more ranks than this are not counted one by one."""
@@ -74,21 +75,44 @@ def plan(  # noqa: PLR0913, PLR0917
 
 def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> Iterator[str]:
     """What each process holds, works and sends, in sentences."""
-    from seqloom.geometry import HeadSplit, Layout, total
+    from seqloom.geometry import HeadSplit, Layout
+    from seqloom.planner import Tokens, local_heads, places
 
     masks = tuple(mask.within(window) for window in model.windows)
-    layout = Layout(plan.layout, num_tokens, plan.ring, plan.ulysses, masks)
-    tokens = (total(layout.shard(ring, member)) for ring, member in product(range(plan.ring), range(plan.ulysses)))
-    split = HeadSplit(model.heads, model.kv_heads, plan.ulysses)
-    members = range(plan.ulysses)
+    layout = Layout(plan.layout, num_tokens, plan.attention_ring, plan.attention_ulysses, masks)
+    held = [Tokens.of(plan, layout, place) for place in places(plan)]
+    splits = [
+        HeadSplit(*local_heads(plan, model, rank), plan.attention_ulysses) for rank in range(plan.tensor_grid.heads)
+    ]
+    dealt = list(product(splits, range(plan.attention_ulysses)))
     yield (
-        f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(tokens)} of {num_tokens:,} tokens, and "
-        f"{_spread(split.queries(m).size for m in members)} of {model.heads} query heads and "
-        f"{_spread(split.keys(m).size for m in members)} of {model.kv_heads} key/value heads in attention."
+        f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(t.outer for t in held)} of "
+        f"{num_tokens:,} tokens, and {_spread(split.queries(m).size for split, m in dealt)} of "
+        f"{model.heads} query heads and {_spread(split.keys(m).size for split, m in dealt)} of {model.kv_heads} key/value heads in attention."
     )
-    if plan.ring > 1:
+    if plan.tensor > 1:
+        yield _grid(plan, model, held)
+    if plan.attention_ring > 1:
         yield f"Attention work of the busiest ring rank over the mean: {_compared(layout, masks)}."
     yield from _sent(plan, model, num_tokens, layout, masks)
+
+
+def _grid(plan: "Plan", model: "ModelShape", held: "list[Tokens]") -> str:
+    """What a rank of the tensor grid holds of the activations on both sides."""
+    from seqloom.plan import chunks
+
+    grid = plan.tensor_grid
+    axes = " x ".join(f"{axis} {size}" for axis, size in grid.axes.items())
+
+    def width(axis: str | None, channels: int) -> str:
+        parts = _spread(chunks(channels, grid.axes[axis])) if axis else "all"
+        return f"{parts} of {channels:,} channels"
+
+    return (
+        f"Tensor grid {axes}: in the residual stream {_spread(t.outer for t in held)} tokens and "
+        f"{width(grid.outer.hidden, model.hidden)}, inside the MLP {_spread(t.inner for t in held)} tokens and "
+        f"{width(grid.inner.hidden, model.intermediate)}."
+    )
 
 
 def _compared(layout: "Layout", masks: "tuple[Mask, ...]") -> str:
@@ -107,25 +131,35 @@ def _sent(
     plan: "Plan", model: "ModelShape", num_tokens: int, layout: "Layout", masks: "tuple[Mask, ...]"
 ) -> Iterator[str]:
     """What goes over the wire, along each axis that is split."""
-    from seqloom.planner import attention_bytes
+    from seqloom.planner import attention_bytes, places, tensor_bytes
 
-    ranks = [(ring, member) for ring in range(plan.ring) for member in range(plan.ulysses)]
+    ranks = list(islice(places(plan), MOST_RANKS + 1))
     who = "Each process"
     if len(ranks) > MOST_RANKS:
         who, ranks = "Process 0", ranks[:1]
-    found = [
+    attention = [
         attention_bytes(
-            plan, model, num_tokens, ring_rank=r, ulysses_rank=u, masks=(mask,), layout=layout, item_bytes=2
+            plan,
+            model,
+            num_tokens,
+            ring_rank=place.ring,
+            ulysses_rank=place.ulysses,
+            heads_rank=place.heads,
+            masks=(mask,),
+            layout=layout,
+            item_bytes=2,
         )
-        for (r, u), mask in product(ranks, dict.fromkeys(masks))
+        for place, mask in product(ranks, dict.fromkeys(masks))
     ]
-    for axis in found[0]:
-        counts = [sent[axis]["forward"] + sent[axis]["backward"] for sent in found]
-        if max(counts):
-            yield (
-                f"{who} sends {_spread(counts)} bytes a layer and sequence along {axis.replace('_', ' ')}, "
-                "forward and backward, in bf16."
-            )
+    linears = [tensor_bytes(plan, model, num_tokens, place=place, layout=layout, item_bytes=2) for place in ranks]
+    for found, where in ((attention, ""), (linears, " in its linears")):
+        for axis in found[0]:
+            counts = [sent[axis]["forward"] + sent[axis]["backward"] for sent in found]
+            if max(counts):
+                yield (
+                    f"{who} sends {_spread(counts)} bytes a layer and sequence along {axis.replace('_', ' ')}{where}, "
+                    "forward and backward, in bf16."
+                )
 
 
 def _spread(counts: Iterable[int]) -> str:

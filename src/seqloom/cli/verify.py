@@ -26,6 +26,7 @@ def verify(  # noqa: PLR0913, PLR0917
     steps: Annotated[int, typer.Option("--steps", help="Optimizer steps taken before parameters are compared.")] = 1,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Micro-batches of a step.")] = 1,
     dtype: Annotated[str, typer.Option("--dtype", help="float64, float32 or bf16 (autocast).")] = "float64",
+    dropout: Annotated[float | None, typer.Option("--dropout", help="Drop out with this probability; else 0.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Run a model under a plan and on one device, and hold loss, gradients and parameters against each other.
@@ -61,6 +62,7 @@ def verify(  # noqa: PLR0913, PLR0917
         documents=lengths,
         rule=rule,
         dtype=dtype,
+        dropout=dropout,
     )
     if under_torchrun():
         with distributed():
@@ -103,11 +105,12 @@ def _table(verdict: dict[str, Any]) -> list[str]:
         for name, error, said in rows
     ]
     outcome = "equals" if verdict["equal"] else "DIFFERS FROM"
-    off = ", ".join(verdict["dropouts_off"])
+    on, off = (", ".join(verdict[key]) for key in ("dropouts", "dropouts_off"))
     mask = f"{verdict['mask']}, " * (verdict["mask"] != "causal")
     return [
         f"Plan '{verdict['plan']}' on {verdict['world_size']} processes, {verdict['num_tokens']} tokens, "
         f"{mask}{verdict['dtype']}: {outcome} one device (tolerance {verdict['tolerance']:.1e}).",
         *lines,
+        *([f"Both sides dropped out the same, with {on}."] if on else []),
         *([f"Dropout was off on both sides; the model has {off}."] if off else []),
     ]

@@ -10,8 +10,10 @@ from seqloom.fabric.collectives import (
     shift,
     start_all_gather,
     start_all_reduce_,
+    start_collect,
     start_reduce_scatter,
     start_shift,
+    start_sum_parts,
     start_trade,
 )
 from seqloom.fabric.mesh import AXES, Axis, Fabric
@@ -31,7 +33,9 @@ __all__ = [
     "shift",
     "start_all_gather",
     "start_all_reduce_",
+    "start_collect",
     "start_reduce_scatter",
     "start_shift",
+    "start_sum_parts",
     "start_trade",
 ]

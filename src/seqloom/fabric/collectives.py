@@ -4,7 +4,7 @@ The functions on the first half move plain tensors, in place or asynchronously, 
 autograd. The second half are differentiable; each says what it does forward and backward.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -53,13 +53,16 @@ class Pending:
     works: list[Any]
     arriving: Any  # a tensor, or what else the transfer fills
     leaving: Any = None  # kept alive until the transfer ends
+    finish: Callable[[], None] | None = None  # what is left to do with what arrived
 
     def wait(self) -> Any:
         """Block until the transfer has ended on this rank."""
         with _naming(self.what, self.axis):
             for work in self.works:
                 work.wait()
-        self.leaving = None
+        if self.finish is not None:
+            self.finish()
+        self.leaving = self.finish = None
         return self.arriving
 
 
@@ -138,6 +141,55 @@ def start_trade(leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence
     with _naming("all-to-all", axis):
         works = _start_messages(sent, received, axis, tag=0)
     return Pending("all-to-all", axis, works, arriving, leaving)
+
+
+def start_collect(part: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Pending:
+    """Begin laying every rank's `part` end to end along `dim`: an all-gather of uneven parts.
+
+    sizes: the size of each rank's part along `dim`. A part on the meta device travels nowhere.
+    """
+    shape = list(part.shape)
+    shape[dim] = sum(sizes)
+    whole = part.new_empty(shape)
+    views = whole.split(list(sizes), dim)
+    views[axis.rank].copy_(part)
+    if axis.size == 1 or part.is_meta:
+        return Pending("all-gather", axis, [], whole)
+    leaving = part.contiguous()
+    arriving = [view if view.is_contiguous() else view.new_empty(view.shape) for view in views]
+
+    def finish() -> None:
+        for rank, (view, arrived) in enumerate(zip(views, arriving, strict=True)):
+            if rank != axis.rank and view is not arrived:
+                view.copy_(arrived)
+
+    trade = start_trade([[leaving]] * axis.size, [[part] for part in arriving], axis)
+    return Pending("all-gather", axis, trade.works, whole, leaving, finish)
+
+
+def start_sum_parts(whole: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Pending:
+    """Begin summing over ranks this rank's part of `whole` along `dim`: a reduce-scatter of uneven parts.
+
+    sizes: the size of each rank's part along `dim`. Lower types are summed in float32, in the order of ranks,
+    and rounded once.
+    """
+    parts = whole.split(list(sizes), dim)
+    mine = parts[axis.rank]
+    if axis.size == 1 or whole.is_meta:
+        return Pending("reduce-scatter", axis, [], mine.clone())
+    leaving = [part.contiguous() if rank != axis.rank else part for rank, part in enumerate(parts)]
+    arriving = [mine.new_empty(mine.shape) if rank != axis.rank else mine for rank in range(axis.size)]
+    total = torch.empty_like(mine, memory_format=torch.contiguous_format)
+
+    def finish() -> None:
+        wide = torch.promote_types(mine.dtype, torch.float32)
+        summed = torch.add(arriving[0].to(wide), arriving[1])
+        for part in arriving[2:]:
+            summed += part
+        total.copy_(summed)
+
+    trade = start_trade([[part] for part in leaving], [[part] for part in arriving], axis)
+    return Pending("reduce-scatter", axis, trade.works, total, leaving, finish)
 
 
 _REDUCTIONS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX, "min": distributed.ReduceOp.MIN}

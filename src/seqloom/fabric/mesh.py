@@ -1,25 +1,27 @@
 """From a plan to named process groups; nothing else in seqloom makes groups."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from seqloom.errors import PlanError
 from seqloom.fabric.meter import Meter
 from seqloom.plan import Plan
 
-AXES = ("pipeline", "data", "ring", "ulysses", "tensor")
-"""Mesh axes, slowest first: neighbouring ranks share a tensor group, then a Ulysses group."""
+AXES = ("pipeline", "data", "ring", "ulysses")
+"""Mesh axes, slowest first, before those of the tensor grid: neighbouring ranks share a tensor group."""
 
 
 @dataclass(frozen=True)
 class Axis:
     """This rank's place on one axis of the mesh.
 
-    `rank` is the coordinate on the axis, `group` the processes along it (None when there is one).
+    `rank` is the coordinate on the axis, `group` the processes along it (None when there is one, and in a
+    sketch).
     """
 
     name: str
@@ -33,10 +35,12 @@ class Axis:
 class Fabric:
     """The processes of a run, arranged as its plan says.
 
-    `replicas` is data x ring x ulysses as one axis: the ranks that hold the same weights.
-    `world` is all ranks. `inner` and `outer` are the ring as two axes where the plan has an
-    inner_ring: neighbours, and the ranks of equal place among theirs. Without it `inner` is `ring`
-    itself and `outer` one rank.
+    `ring` and `ulysses` are those of attention: the plan's, with the token axes of the tensor grid that join
+    them. `inner` and `outer` are the ring as two axes where the plan has an inner_ring: neighbours, and the
+    ranks of equal place among theirs. Without it `inner` is `ring` itself and `outer` one rank.
+    `tensor` is the whole tensor group, `grid` its axes by name, slowest first, and `mesh` the same as
+    parameters split over it know it (None where there is one rank). `replicas` is data x ring x ulysses of
+    the plan as one axis: the ranks that hold the same weights. `world` is all ranks.
     """
 
     plan: Plan
@@ -49,9 +53,11 @@ class Fabric:
     outer: Axis
     ulysses: Axis
     tensor: Axis
+    grid: dict[str, Axis]
     replicas: Axis
     world: Axis
-    groups: tuple[distributed.ProcessGroup, ...] = field(repr=False)
+    mesh: DeviceMesh | None = field(default=None, repr=False)
+    groups: tuple[distributed.ProcessGroup, ...] = field(default=(), repr=False)
 
     @property
     def rank(self) -> int:
@@ -74,50 +80,93 @@ class Fabric:
         world = distributed.get_world_size() if started else 1
         if plan.world_size != world:
             raise PlanError(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
-        meter, rank = Meter(), distributed.get_rank() if started else 0
+        rank = distributed.get_rank() if started else 0
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         device = torch.device(device)
-        groups: list[distributed.ProcessGroup] = []
+        made: dict[tuple[int, ...], distributed.ProcessGroup] = {}
+        if world > 1:
+            made[tuple(range(world))] = distributed.group.WORLD
 
-        def place(shape: dict[str, int], wanted: tuple[str, ...]) -> dict[str, Axis]:
-            # Only axes of more than one rank are in the mesh: a group costs threads and a rendezvous.
-            wide = {name: size for name, size in shape.items() if size > 1}
-            alone = {name: Axis(name, 0, 1, None, meter) for name in wanted}
-            if not any(name in wide for name in wanted):
-                return alone
-            mesh = init_device_mesh(device.type, tuple(wide.values()), mesh_dim_names=tuple(wide))
-            groups.extend(g for g in mesh.get_all_groups() if g not in (*groups, distributed.group.WORLD))
-            return alone | {
-                name: Axis(name, mesh.get_local_rank(name), wide[name], mesh.get_group(name), meter)
-                for name in wanted
-                if name in wide
-            }
+        def group_of(families: Families) -> distributed.ProcessGroup:
+            mine = next(ranks for ranks in families if rank in ranks)
+            if mine not in made:
+                made[mine] = distributed.new_subgroups_by_enumeration([list(ranks) for ranks in families])[0]
+            return made[mine]
 
-        everyone = Axis("world", rank, world, distributed.group.WORLD if started and world > 1 else None, meter)
-        axes = place({axis: getattr(plan, axis) for axis in AXES}, AXES)
-        replicas = plan.data * plan.ring * plan.ulysses
-        axes |= place({"pipeline": plan.pipeline, "replicas": replicas, "tensor": plan.tensor}, ("replicas",))
-        rings = _rings(plan, axes["ring"], place)
+        axes = _axes(plan, rank, group_of)
+        if plan.tensor > 1 and 1 in plan.tensor_grid.sizes:
+            group_of(tuple((one,) for one in range(world)))  # DTensor asks for a group of one too
+        mesh = _mesh(plan, device, axes["grid"], rank, made) if plan.tensor > 1 else None
+        groups = tuple(group for ranks, group in made.items() if len(ranks) < world)
         if device.type == "cuda":
             # NCCL asks all ranks of a group to take part in its first call, and the first trade may be between a few.
             for group in groups:
                 distributed.all_reduce(torch.zeros(1, device=device), group=group)
-        return cls(plan=plan, device=device, meter=meter, world=everyone, groups=tuple(groups), **axes, **rings)
+        return cls(plan=plan, device=device, mesh=mesh, groups=groups, **axes)
+
+    @classmethod
+    def sketch(cls, plan: Plan, rank: int = 0) -> "Fabric":
+        """The fabric as one rank would see it, without processes or groups: for work on shapes alone."""
+        return cls(plan=plan, device=torch.device("meta"), **_axes(plan, rank, lambda _: None))
 
 
-def _rings(
-    plan: Plan, ring: Axis, place: Callable[[dict[str, int], tuple[str, ...]], dict[str, Axis]]
-) -> dict[str, Axis]:
-    """The ring as `outer` x `inner`, the inner of neighbours."""
-    outer, inner = plan.rings
-    if outer == 1:
-        return {"inner": ring, "outer": Axis("outer_ring", 0, 1, None, ring.meter)}
-    shape = {
-        "slower": plan.pipeline * plan.data,
-        "outer_ring": outer,
-        "inner_ring": inner,
-        "faster": plan.ulysses * plan.tensor,
+Families = tuple[tuple[int, ...], ...]
+"""The ranks of every group of an axis; each rank is in one of them."""
+
+
+def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.ProcessGroup | None]) -> dict[str, Any]:
+    """The axes of `Fabric`, as `rank` stands on them."""
+    meter, grid = Meter(), plan.tensor_grid.axes
+    sizes = {**{name: getattr(plan, name) for name in AXES}, **grid}
+    ranks = torch.arange(plan.world_size, device="cpu").view(*sizes.values())
+
+    def families(*names: str) -> Families:
+        order = [*(i for i, name in enumerate(sizes) if name not in names), *map(list(sizes).index, names)]
+        length = 1
+        for name in names:
+            length *= sizes[name]
+        return tuple(map(tuple, ranks.permute(order).reshape(-1, length).tolist()))
+
+    def place(name: str, found: Families) -> Axis:
+        mine = next(ranks for ranks in found if rank in ranks)
+        group = group_of(found) if len(mine) > 1 else None
+        return Axis(name, mine.index(rank), len(mine), group, meter)
+
+    def joined(name: str) -> Families:
+        tokens = [axis for axis in grid if axis in plan.tensor_grid.inner.tokens]
+        return families(name, *tokens) if plan.tensor_tokens == name else families(name)
+
+    around, (_, inner) = joined("ring"), plan.rings
+    ring = place("ring", around)
+    rings = {"inner": ring, "outer": Axis("outer_ring", 0, 1, None, meter)}
+    if inner < ring.size:
+        cuts = [[one[i : i + inner] for i in range(0, ring.size, inner)] for one in around]
+        rings["outer"] = place("outer_ring", tuple(one[i::inner] for one in around for i in range(inner)))
+        rings["inner"] = place("inner_ring", tuple(part for one in cuts for part in one))
+    return {
+        "meter": meter,
+        "pipeline": place("pipeline", families("pipeline")),
+        "data": place("data", families("data")),
+        "ring": ring,
+        **rings,
+        "ulysses": place("ulysses", joined("ulysses")),
+        "tensor": place("tensor", families(*grid)),
+        "grid": {name: place(name, families(name)) for name in grid},
+        "replicas": place("replicas", families("data", "ring", "ulysses")),
+        "world": place("world", families(*sizes)),
     }
-    axes = place(shape, ("outer_ring", "inner_ring"))
-    return {"inner": axes["inner_ring"], "outer": axes["outer_ring"]}
+
+
+def _mesh(
+    plan: Plan,
+    device: torch.device,
+    grid: dict[str, Axis],
+    rank: int,
+    made: Mapping[tuple[int, ...], distributed.ProcessGroup],
+) -> DeviceMesh:
+    """This rank's tensor group as parameters know it, made of the groups there are."""
+    first = rank - rank % plan.tensor
+    ranks = torch.arange(first, first + plan.tensor).view(*plan.tensor_grid.sizes)
+    groups = [axis.group or made[(rank,)] for axis in grid.values()]
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(grid))

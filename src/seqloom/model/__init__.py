@@ -1,17 +1,35 @@
 """Hugging Face models under a plan."""
 
 from seqloom.model.build import build_model, outline, weights_folder, without_progress_bars
-from seqloom.model.parallelize import layer_windows, parallelize, sum_gradients, token_loss
+from seqloom.model.gradients import (
+    clear_gradients,
+    copies,
+    gradient,
+    hand_over,
+    main_gradients,
+    sum_gradients,
+)
+from seqloom.model.parallelize import layer_windows, parallelize, token_loss
 from seqloom.model.probe import probe
+from seqloom.model.whole import held_tensors, install_save, save_whole, whole_tensors
 
 __all__ = [
     "build_model",
+    "clear_gradients",
+    "copies",
+    "gradient",
+    "hand_over",
+    "held_tensors",
+    "install_save",
     "layer_windows",
+    "main_gradients",
     "outline",
     "parallelize",
     "probe",
+    "save_whole",
     "sum_gradients",
     "token_loss",
     "weights_folder",
+    "whole_tensors",
     "without_progress_bars",
 ]

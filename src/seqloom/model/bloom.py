@@ -29,7 +29,7 @@ def reroute(model: PreTrainedModel, attend: Attend) -> None:
     base = model.base_model
     for block in base.h:
         attention = block.self_attention
-        attention.forward = MethodType(partial(_attention_forward, attend), attention)
+        attention.forward = MethodType(partial(_attention_forward, attend, attention.num_heads), attention)
     base.forward = MethodType(_base_forward, base)
     model.forward = MethodType(_model_forward, model)
 
@@ -53,6 +53,7 @@ def alibi_slopes(heads: int) -> tuple[float, ...]:
 
 def _attention_forward(
     attend: Attend,
+    heads: int,
     attention: Any,
     hidden_states: Tensor,
     residual: Tensor,
@@ -62,7 +63,9 @@ def _attention_forward(
     """In place of BloomAttention.forward; `alibi` holds the sequence. hidden_states: [rows, local_tokens, hidden]."""
     q, k, v = attention._reshape(attention.query_key_value(hidden_states))
     wide = torch.promote_types(q.dtype, torch.float32)
-    slopes = torch.tensor(alibi_slopes(attention.num_heads), dtype=wide, device=q.device)
+    slopes = torch.tensor(alibi_slopes(heads), dtype=wide, device=q.device)
+    if attention.num_heads < heads:  # this rank's of a tensor group
+        slopes = slopes[attention.first_head : attention.first_head + attention.num_heads]
     out, _ = attend(
         attention,
         q,

@@ -1,5 +1,6 @@
 """An unmodified transformers model under a plan, and the gradients of its replicas."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,16 +8,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqloom.errors import ModelError
-from seqloom.fabric import Axis, Fabric, Pending, broadcast_, start_all_reduce_
+from seqloom.fabric import Fabric, broadcast_
 from seqloom.memory import chunked_cross_entropy
+from seqloom.model.families import layers
 from seqloom.model.probe import connect, probe
+from seqloom.model.tensor import split_model
+from seqloom.model.whole import install_save
 from seqloom.plan import ModelShape, check
 from seqloom.sequence import LocalBatch, SequenceShard
-
-BUCKET_BYTES = 32 * 2**20
-"""Gradients are summed in flat buffers of about this size: few messages, and each on its way while the next fills."""
+from seqloom.tensor import ParallelDropout, ParallelLinear, TensorGroup, split_head
 
 LOSS_CHUNK_TOKENS = 1024
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_dropout")
+"""Names of dropout modules whose probability the attention function is given."""
 
 
 def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
@@ -29,22 +33,49 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     """
     shape = ModelShape.from_config(model.config.to_dict())
     check(fabric.plan, shape)
-    _refuse_dropout(model)
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ModelError(
             f"The head of {type(model).__name__} is {type(head).__name__}, not a plain nn.Linear, so its loss cannot "
             "be computed in chunks; merge adapters into it, and give a model with a language modelling head."
         )
-    probe(model)
+    probe(model, fabric.plan)
     connect(model)
+    group = TensorGroup.of(fabric)
     for part in (model, model.base_model):
         part.register_forward_pre_hook(_refuse_what_is_whole, with_kwargs=True)
+    for part in (model.base_model, *layers(model)):
+        part.register_forward_pre_hook(partial(_bind, group), with_kwargs=True)
     model.to(fabric.device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            broadcast_(tensor, fabric.replicas)
+            broadcast_(tensor, fabric.world)
+    if fabric.plan.tensor > 1:
+        split_model(model, group)
+        install_save(model, fabric)
+    _draw_dropouts(model, group)
     return model
+
+
+def _bind(group: TensorGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Tell the split modules how the sequences are split that the model or one of its layers is called with."""
+    group.shard = next((x for x in (*args, *kwargs.values()) if isinstance(x, SequenceShard)), None)
+
+
+def _draw_dropouts(model: PreTrainedModel, group: TensorGroup) -> None:
+    """Replace dropouts of hidden states by ones that every plan draws alike; attention takes over its own.
+
+    Raises ModelError for a dropout that is no module of its own, which torch would draw anew on every rank.
+    """
+    for number, (name, module) in enumerate(model.named_modules()):
+        if getattr(module, "hidden_dropout", 0.0):  # BLOOM's, a number handed to a function
+            raise ModelError(
+                f"{name} drops out with p={module.hidden_dropout}, which would depend on the plan; set it to 0."
+            )
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.Dropout) and module.p > 0 and child not in ATTENTION_DROPOUTS:
+            drawn = ParallelDropout(module.p, group, side="outer", number=number)
+            setattr(model.get_submodule(parent), child, drawn.train(module.training))
 
 
 def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str, Any]) -> None:
@@ -75,17 +106,6 @@ def layer_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
     return ModelShape.from_config(model.config.to_dict()).windows
 
 
-def _refuse_dropout(model: PreTrainedModel) -> None:
-    """Raise ModelError where something other than attention drops out: torch draws it anew on every rank."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and not name.endswith("attention_dropout"):  # which attention takes over
-            probability = module.p
-        else:
-            probability = getattr(module, "hidden_dropout", 0.0)  # BLOOM's, a number handed to a function
-        if isinstance(probability, float | int) and probability > 0:
-            raise ModelError(f"{name} drops out with p={probability}, which would depend on the plan; set it to 0.")
-
-
 def token_loss(
     model: PreTrainedModel,
     local: LocalBatch,
@@ -103,48 +123,12 @@ def token_loss(
     """
     hidden = model.base_model(**local.inputs, sequence=shard).last_hidden_state
     head = model.get_output_embeddings()
-    bias = getattr(head, "bias", None)
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    summed = chunked_cross_entropy(hidden, head.weight, bias, local.labels, chunk_tokens=chunk_tokens, softcap=softcap)
+    if isinstance(head, ParallelLinear):
+        hidden, weight, bias, split = split_head(head, hidden)
+    else:
+        weight, bias, split = head.weight, head.bias, {}
+    summed = chunked_cross_entropy(
+        hidden, weight, bias, local.labels, chunk_tokens=chunk_tokens, softcap=softcap, **split
+    )
     return summed / max(local.label_count if total is None else total, 1)
-
-
-def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
-    """Sum every gradient over all ranks that hold the same weights; call it after backward.
-
-    After it each rank holds the gradient of the global mean loss. Raises ModelError where a
-    trainable parameter has no gradient: the ranks could not tell it from a missing message.
-    """
-    bucket: list[Tensor] = []
-    pending: list[tuple[list[Tensor], Pending]] = []
-    held = 0
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.grad is None:
-            raise ModelError(
-                f"{name} has no gradient: the loss does not depend on it; call requires_grad_(False) on it."
-            )
-        if bucket and (held > BUCKET_BYTES or bucket[0].dtype != parameter.grad.dtype):
-            pending.append(_start(bucket, fabric.replicas))
-            bucket, held = [], 0
-            if len(pending) > 1:  # two on their way; a third would only hold memory
-                _finish(*pending.pop(0))
-        bucket.append(parameter.grad)
-        held += parameter.grad.numel() * parameter.grad.element_size()
-    if fabric.replicas.size == 1:
-        return
-    if bucket:
-        pending.append(_start(bucket, fabric.replicas))
-    for started in pending:
-        _finish(*started)
-
-
-def _start(gradients: list[Tensor], axis: Axis) -> tuple[list[Tensor], Pending]:
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    return gradients, start_all_reduce_(flat, axis)
-
-
-def _finish(gradients: list[Tensor], work: Pending) -> None:
-    for gradient, part in zip(gradients, work.wait().split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))

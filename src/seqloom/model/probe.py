@@ -1,6 +1,7 @@
 """How a model is connected to an attention function, and the proof that it hands the shard on."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,8 +9,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from seqloom.errors import ModelError
+from seqloom.fabric import Fabric
 from seqloom.model.adapter import NAME, attend, register
 from seqloom.model.bloom import reroute
+from seqloom.model.tensor import split_model
+from seqloom.plan import ModelShape, Plan
+from seqloom.tensor import TensorGroup
 
 PROBE = "seqloom_probe"
 
@@ -24,42 +29,68 @@ def connect(model: PreTrainedModel, *, probing: bool = False) -> None:
     model.set_attn_implementation(PROBE if probing else NAME)
 
 
+@dataclass
 class Probe:
-    """Stands in for a shard and counts the layers it reaches."""
+    """Stands in for a shard: counts the layers it reaches, and the first whose heads or tokens are not as expected."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    heads: int
+    tokens: int
+    calls: int = 0
+    wrong: str = ""
+
+    def see(self, module: nn.Module, query: Tensor) -> None:
+        """Note what attention is called with; query: [rows, heads, tokens, width]."""
+        self.calls += 1
+        if (query.shape[1], query.shape[2]) != (self.heads, self.tokens):
+            self.wrong = self.wrong or (
+                f"{type(module).__name__} views its projections as {query.shape[1]} heads of {query.shape[2]} tokens "
+                f"where they hold {self.heads} of {self.tokens}"
+            )
 
 
 def _witness(
-    _module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **asked: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: Tensor | None, **asked: Any
 ) -> tuple[Tensor, None]:
     probe = asked.get("sequence")
     if isinstance(probe, Probe):
-        probe.calls += 1
+        probe.see(module, query)
     return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
 
 
-def probe(model: PreTrainedModel) -> None:
-    """Run the model's code once on shapes alone and refuse a family that does not hand the shard to attention.
+def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
+    """Run the model's code once on shapes alone, split as one rank of `plan` has it.
 
-    Without it such a model would quietly attend to its own shard only.
+    Refuses a family that does not hand the shard to attention, or whose code views split projections by other
+    numbers than they have. Without it such a model would quietly attend to its own shard only, or mix tokens.
     """
     build: Callable[..., PreTrainedModel] = type(model)
+    plan = plan or Plan()
+    grid = plan.tensor_grid
+    # Tokens that no number of heads divides, so that a wrong view does not pass for a right one.
+    scattered, gathered = (grid.axes.get(axis or "", 1) for axis in (grid.inner_only, grid.outer_only))
+    held = 7 * scattered
+    heads = ModelShape.from_config(model.config.to_dict()).heads // grid.heads
+    witness = Probe(heads, held * gathered // scattered)
     with torch.device("meta"):
         # In bfloat16, since the grouped product of experts has only that on the meta device.
         twin = build(type(model.config).from_dict(model.config.to_dict())).to(torch.bfloat16)
         connect(twin, probing=True)
-        witness = Probe()
-        tokens = torch.zeros(1, 2, dtype=torch.int64)
         try:
-            twin(input_ids=tokens, position_ids=tokens, use_cache=False, sequence=witness)
-            problem = None
+            if plan.tensor > 1:
+                split_model(twin, TensorGroup.of(Fabric.sketch(plan)))
+            positions = torch.zeros(1, witness.tokens, dtype=torch.int64)
+            tokens = torch.zeros(1, held, dtype=torch.int64)
+            twin(input_ids=tokens, position_ids=positions, use_cache=False, sequence=witness)
+            problem = witness.wrong
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            problem = str(error).splitlines()[0]
+            problem = f"failed: {str(error).splitlines()[0]}"
     layers = model.config.num_hidden_layers
+    if problem and plan.tensor > 1:
+        raise ModelError(
+            f"{type(model).__name__} cannot be split over tensor={plan.tensor}: {problem}; use ring or data."
+        )
     if problem or witness.calls != layers:
-        reached = f"reached attention in {witness.calls} of {layers} layers" if not problem else f"failed: {problem}"
+        reached = problem or f"reached attention in {witness.calls} of {layers} layers"
         raise ModelError(
             f"{type(model).__name__} cannot be split: a sequence shard given to its forward {reached}, "
             "so its attention would not see the other shards; use a family that calls transformers' AttentionInterface."

@@ -1,6 +1,7 @@
 """Plans and their legality. Importing this package leaves torch unloaded."""
 
 from seqloom.plan.dropout import without_dropout
+from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_stays
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
@@ -9,10 +10,17 @@ from seqloom.plan.tiny import FAMILIES, TINY_SHAPES, fit, read_config
 __all__ = [
     "FAMILIES",
     "TINY_SHAPES",
+    "Direction",
+    "Grid",
     "ModelShape",
+    "Move",
+    "Moves",
     "Plan",
+    "Side",
     "check",
+    "chunks",
     "fit",
+    "input_stays",
     "legal_plans",
     "nearest",
     "read_config",

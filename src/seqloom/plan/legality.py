@@ -8,6 +8,10 @@ from seqloom.errors import PlanError
 from seqloom.plan.plan import MOST, Plan
 from seqloom.plan.shape import ModelShape
 
+_ON_A_GRID = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+_IN_LINE = (*_ON_A_GRID, "bloom", "gpt2")
+"""The families whose weights can be split over a grid of ranks, and over a line of them (tensor_kind=1d)."""
+
 
 def check(
     plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
@@ -44,11 +48,8 @@ def reasons(
         return [*found, f"A world of {world} processes is not possible; it has 1 to {MOST:,}."]
     if world is not None and plan.world_size != world:
         found.append(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
-    if plan.ulysses > model.heads:
-        found.append(
-            f"ulysses={plan.ulysses} is more than the model's {model.heads} query heads, and each rank takes "
-            f"at least one; the largest degree is {model.heads}."
-        )
+    found += _tensor_reasons(plan, model)
+    found += _ulysses_reasons(plan, model)
     if num_tokens is not None:
         found += _length_reasons(model, num_tokens)
     found += unsplittable(plan, num_tokens, batch)
@@ -57,13 +58,13 @@ def reasons(
 
 def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> Iterator[str]:
     """Why sequences of `num_tokens`, `batch` of them, as far as known, cannot be dealt to the plan's ranks."""
-    for axis in ("pipeline", "tensor"):
-        if getattr(plan, axis) > 1:
-            yield f"{axis}={getattr(plan, axis)} is not supported yet; the only degree is 1."
+    if plan.pipeline > 1:
+        yield f"pipeline={plan.pipeline} is not supported yet; the only degree is 1."
     if num_tokens is not None and 0 < num_tokens < shortest(plan):
+        tensor = f" {_tensor_words(plan)}" if _piece(plan) > 1 or plan.tensor_grid.tokens > 1 else ""
         yield (
-            f"{num_tokens} tokens are too few for ring={plan.ring} ulysses={plan.ulysses} layout={plan.layout} "
-            f"to give each rank at least one; the shortest sequence has {shortest(plan)}."
+            f"{num_tokens} tokens are too few for ring={plan.ring} ulysses={plan.ulysses}{tensor} "
+            f"layout={plan.layout} to give each rank at least one; the shortest sequence has {shortest(plan)}."
         )
     if batch is not None and batch < 1:
         yield f"A batch of {batch} sequences is empty; the smallest has 1."
@@ -71,6 +72,53 @@ def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -
         yield (
             f"A batch of {batch} sequences cannot be split over data={plan.data} "
             f"(divisors: {_listed(_divisors(batch))})."
+        )
+
+
+def _tensor_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
+    """Why the tensor grid cannot split this model's layers."""
+    if plan.tensor == 1:
+        return
+    families = _IN_LINE if plan.tensor_kind == "1d" else _ON_A_GRID
+    if model.family in _IN_LINE and model.family not in families:
+        yield (
+            f"tensor_kind={plan.tensor_kind} cannot split {model.family} yet; use tensor_kind=1d, or a model of "
+            f"{', '.join(families)}."
+        )
+    elif model.family not in families and not model.unsupported:
+        yield f"tensor={plan.tensor} cannot split {model.family}, whose experts no plan splits yet; use tensor=1."
+    ranks = plan.tensor_grid.heads
+    if model.heads % ranks:
+        over, of = f"the {ranks} columns of {_tensor_words(plan)}", "number of columns"
+        if plan.tensor_kind == "1d":
+            over, of = f"tensor={plan.tensor}", "degree"
+        elif plan.tensor_kind == "3d":
+            over, of = f"the {ranks} input ranks of {_tensor_words(plan)}", "number of input ranks"
+        yield (
+            f"{model.heads} query heads cannot be split evenly over {over}; use a {of} that divides them: "
+            f"{_listed(_divisors(model.heads))}."
+        )
+
+
+def _tensor_words(plan: Plan) -> str:
+    """The fields that say how the tensor group is arranged, as a plan says them."""
+    return " ".join(
+        part for part in str(plan).split() if part.startswith(("tensor=", "tensor_kind=", "depth=", "grid="))
+    )
+
+
+def _ulysses_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
+    """Why not every rank that trades tokens for heads would get a head."""
+    heads, ulysses, ranks = model.heads, plan.attention_ulysses, plan.tensor_grid.heads
+    if heads % ranks == 0:
+        heads //= ranks
+    if ulysses > heads:
+        joined = f" with the {ulysses // plan.ulysses} token ranks of the grid" if ulysses > plan.ulysses else ""
+        whose = f"the model's {heads}" if heads == model.heads else f"a tensor rank's {heads} of {model.heads}"
+        way_out = ", and tensor_tokens=ring needs none" if joined else ""
+        yield (
+            f"ulysses={plan.ulysses}{joined} is more than {whose} query heads, and each rank takes "
+            f"at least one; the largest degree is {heads}{way_out}."
         )
 
 
@@ -88,14 +136,22 @@ def _length_reasons(model: ModelShape, num_tokens: int) -> Iterator[str]:
 def shortest(plan: Plan) -> int:
     """The tokens from which on every sequence gives every rank at least one.
 
-    A ring rank holds as many tokens as its Ulysses group has ranks, or more. Zigzag deals it two
-    chunks, of which each may be the shorter kind, so an even number of tokens is sure; the blocks of
-    `balanced` may together be short of half an even share.
+    A rank of attention's ring holds as many tokens as its Ulysses group has ranks, or more, each with as
+    many as tensor ranks share them between linears. Zigzag deals it two chunks, of which each may be the
+    shorter kind, so an even number of tokens is sure; the blocks of `balanced` may together be short of
+    half an even share.
     """
-    if plan.ring == 1:
-        return plan.ulysses
-    each = {"zigzag": plan.ulysses + plan.ulysses % 2, "balanced": 2 * plan.ulysses}
-    return plan.ring * each.get(plan.layout, plan.ulysses)
+    held = plan.attention_ulysses * _piece(plan)
+    if plan.attention_ring == 1:
+        return held
+    return plan.attention_ring * {"zigzag": held + held % 2, "balanced": 2 * held}.get(plan.layout, held)
+
+
+def _piece(plan: Plan) -> int:
+    """The fewest tokens that a rank of attention may hold for each rank to have one between linears."""
+    grid = plan.tensor_grid
+    sharing = grid.axes[grid.outer_only] if grid.outer_only else 1
+    return -(-sharing // (grid.axes[grid.inner_only] if grid.inner_only else 1))
 
 
 def legal_plans(
@@ -103,17 +159,59 @@ def legal_plans(
 ) -> Iterator[Plan]:
     """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`.
 
-    An inner ring that does not divide another ring degree, or is all of it, is left out.
+    Where it has a tensor axis, that too takes its own degree and others, down to 1: see `_tensors`. An
+    inner ring that does not divide another ring degree, or is all of it, is left out.
     """
-    for data in _divisors(world):
-        for ring in _divisors(world // data):
-            ulysses = world // (data * ring)
-            inner = plan.inner_ring
-            if inner and (ring % inner or ring == inner < plan.ring):
-                inner = None
-            candidate = replace(plan, data=data, pipeline=1, ring=ring, ulysses=ulysses, tensor=1, inner_ring=inner)
-            if not reasons(candidate, model, num_tokens, world=world, batch=batch):
-                yield candidate
+    for alone in _tensors(plan, model, world):
+        grid, left = alone.tensor_grid, world // alone.tensor
+        most = model.heads // grid.heads // alone.attention_ulysses
+        for data in _divisors(left):
+            if batch is not None and batch % data:
+                continue
+            for ring in _divisors(left // data):
+                ulysses = left // (data * ring)
+                if ulysses > most or (num_tokens is not None and num_tokens < ring * ulysses * grid.tokens):
+                    continue
+                candidate = replace(alone, data=data, ring=ring, ulysses=ulysses)
+                inner, around = plan.inner_ring, candidate.attention_ring
+                if inner and around % inner == 0 and not around == inner < plan.attention_ring:
+                    candidate = replace(candidate, inner_ring=inner)
+                if not reasons(candidate, model, num_tokens, world=world, batch=batch):
+                    yield candidate
+
+
+def _tensors(plan: Plan, model: ModelShape, world: int) -> Iterator[Plan]:
+    """Plans of a tensor axis alone to try in place of that of `plan`, which comes first; it is 1 where that is.
+
+    Other degrees take an even grid of the kind asked for, the same degree any grid of that kind, and
+    every degree a line of ranks.
+    """
+    alone = replace(plan, data=1, pipeline=1, ring=1, ulysses=1, inner_ring=None)
+    candidates = [alone]
+    if plan.tensor > 1:
+        line = replace(alone, tensor_kind="1d", depth=1, grid=None, tensor_tokens="ring")
+        for degree in _divisors(world)[1:]:
+            candidates += [*_grids(alone, degree), replace(line, tensor=degree)]
+        candidates.append(
+            replace(line, tensor=1, sequence_parallel=True, tensor_overlap=Plan.tensor_overlap, regather=Plan.regather)
+        )
+    for candidate in dict.fromkeys(candidates):
+        if world % candidate.tensor == 0 and not any(_tensor_reasons(candidate, model)):
+            yield candidate
+
+
+def _grids(alone: Plan, degree: int) -> Iterator[Plan]:
+    """The even grid of this degree, where there is one; of the degree asked for every grid."""
+    sizes: list[tuple[int, ...]] = []
+    if alone.tensor_kind == "3d":
+        sizes = [(a, b, degree // (a * b)) for a in _divisors(degree) for b in _divisors(degree // a)]
+    elif alone.tensor_kind != "1d" and degree % alone.depth == 0:
+        sizes = [(a, degree // alone.depth // a) for a in _divisors(degree // alone.depth)]
+    for each in sorted(sizes, key=max):  # the evenest first
+        if len(set(each)) == 1:
+            yield replace(alone, tensor=degree, grid=None)
+        elif degree == alone.tensor:
+            yield replace(alone, grid="x".join(map(str, each)))
 
 
 def nearest(
@@ -122,12 +220,17 @@ def nearest(
     """The legal plan whose degrees are closest in ratio, or None.
 
     It takes as many processes as there are, or else the largest part of them that divides them.
-    Ties keep the data degree, since it changes how many rows a batch needs.
+    Ties keep the kind of tensor axis and the ranks that share its heads, then the data degree, since
+    it changes how many rows a batch needs.
     """
+    heads = plan.tensor_grid.heads
 
-    def distance(other: Plan) -> tuple[float, float]:
-        apart = [abs(log2(getattr(other, axis) / getattr(plan, axis))) for axis in ("ring", "ulysses", "data")]
-        return sum(apart), apart[-1]
+    def distance(other: Plan) -> tuple[float, bool, float, float]:
+        apart = [
+            abs(log2(getattr(other, axis) / getattr(plan, axis))) for axis in ("ring", "ulysses", "tensor", "data")
+        ]
+        kind = other.tensor_kind != plan.tensor_kind
+        return sum(apart), kind, abs(log2(other.tensor_grid.heads / heads)), apart[-1]
 
     if model.unsupported or (world is not None and not 1 <= world <= MOST):
         return None

@@ -14,6 +14,8 @@ class ModelShape:
 
     windows: for each layer how many tokens a query sees, itself included, None where all; left out,
         no layer has a window. max_positions: the longest sequence, None where any length will do.
+    intermediate: width of the MLP inside, by default four times hidden. tied: whether the embedding is
+        the head's weight too.
     unsupported: a sentence for each feature that no plan honours yet.
     """
 
@@ -26,11 +28,15 @@ class ModelShape:
     head_dim: int
     max_positions: int | None
     windows: tuple[int | None, ...] = ()
+    intermediate: int = 0
+    tied: bool = False
     unsupported: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
+        if not self.intermediate:
+            object.__setattr__(self, "intermediate", 4 * self.hidden)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -50,8 +56,9 @@ class ModelShape:
         if missing and family not in FAMILIES:  # other families name these numbers differently
             raise ModelError(_unknown_family(family))
         if missing:
+            lacking = ", ".join(_NAMES["gpt2"].get(key, key) if family == "gpt2" else key for key in missing)
             raise ModelError(
-                f"The model configuration lacks {', '.join(missing)}; "
+                f"The model configuration lacks {lacking}; "
                 "give the config.json of a Hugging Face causal language model."
             )
         for key in (*_NEEDED, *_OPTIONAL):
@@ -63,6 +70,11 @@ class ModelShape:
             raise ModelError(
                 f"{heads} query heads cannot share {kv_heads} key/value heads evenly; use a divisor of {heads}."
             )
+        if family in _NAMES and values["hidden_size"] % heads:
+            raise ModelError(
+                f"{values['hidden_size']} hidden channels cannot be cut into {heads} heads of {family} evenly; "
+                "use a multiple of the heads."
+            )
         return cls(
             family=family,
             vocab=values["vocab_size"],
@@ -73,21 +85,57 @@ class ModelShape:
             head_dim=values.get("head_dim", values["hidden_size"] // heads),
             max_positions=values.get("max_position_embeddings"),
             windows=_windows(family, values),
+            intermediate=values.get("intermediate_size", 0),
+            tied=values.get("tie_word_embeddings", False) is True,
             unsupported=tuple(_unsupported(config)),
         )
 
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size")
+_QWEN: dict[str, Any] = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "intermediate_size": 22_016,
+}
+_GEMMA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "head_dim": 256,
+    "intermediate_size": 9216,
+    "tie_word_embeddings": True,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
-    "gemma2": {"num_key_value_heads": 4, "sliding_window": 4096, "head_dim": 256},
-    "gemma3_text": {"num_key_value_heads": 4, "sliding_window": 4096, "head_dim": 256, "sliding_window_pattern": 6},
-    "gpt_oss": {"num_key_value_heads": 8, "sliding_window": 128, "head_dim": 64},
+    "llama": {"intermediate_size": 11_008},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "intermediate_size": 14_336},
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+    "gemma2": _GEMMA,
+    "gemma3_text": {**_GEMMA, "sliding_window_pattern": 6},
+    "gpt_oss": {"num_key_value_heads": 8, "sliding_window": 128, "head_dim": 64, "intermediate_size": 2880},
+    "bloom": {"tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True},
 }
 """What transformers takes where a configuration does not say, as far as a plan depends on it."""
+
+_NAMES = {
+    "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embed"},
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+        "intermediate_size": "n_inner",
+    },
+}
+"""What some families call these numbers. A number under the general name comes first, where the family reads it."""
+
+_IGNORED = {
+    "bloom": ("num_key_value_heads", "head_dim", "max_position_embeddings", "intermediate_size"),
+    "gpt2": ("num_key_value_heads", "head_dim", "intermediate_size"),
+}
+"""General names that a family does not read."""
 
 
 def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,13 +145,11 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
         key: value for key, value in _DEFAULTS.get(family, {}).items() if key not in _NULLS or key not in config
     }
     values = defaults | {key: value for key, value in config.items() if value is not None}
-    if family == "bloom":
-        for ours, theirs in (("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head")):
-            values.setdefault(ours, values.get(theirs))
-        values["hidden_size"] = values.get("n_embed", values.get("hidden_size"))
-        for ignored in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-            values.pop(ignored, None)
-        values = {key: value for key, value in values.items() if value is not None}
+    for ignored in _IGNORED.get(family, ()):
+        values.pop(ignored, None)
+    for general, own in _NAMES.get(family, {}).items():
+        if own in values and (general not in values or own == "n_embed"):  # BLOOM's older name for hidden_size wins
+            values[general] = values[own]
     return values
 
 
@@ -166,6 +212,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     for key, what in (
         ("use_bidirectional_attention", "attention to both sides"),
         ("output_router_logits", "a loss that balances experts"),
+        ("add_cross_attention", "attention to another model's states"),
     ):
         if config.get(key):
             found.append(f"{key}={config[key]} asks for {what}, which is not supported yet; set it to false.")

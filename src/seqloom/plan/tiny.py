@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "initializer_range": 0.2,
     },
+    "gpt2": {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_inner": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 256,
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "initializer_range": 0.2,
+    },
 }
 """Small models by name, for checks and demonstrations; `fit` grows them to a plan."""
 
@@ -106,29 +122,51 @@ def fit(
 ) -> dict[str, Any]:
     """A built-in shape grown to fit a plan; a number given by hand is kept as given.
 
-    Heads grow in whole groups until every rank of a Ulysses group has a query head, layers to at
-    least the pipeline's stages, positions to the sequence length, hidden to heads x head_dim. Raises
-    ModelError for key/value heads of their own where the family has none.
+    Heads grow in whole groups, and to a multiple of the ranks that a tensor grid splits them over, until
+    every rank that trades tokens for heads has a query head; there may be fewer key/value heads. Layers
+    grow to at least the pipeline's stages, positions to the sequence length, hidden to heads x
+    head_dim. Raises ModelError for key/value heads of their own where the family has none.
     """
-    grown = dict(config)
-    if config["model_type"] == "bloom":
+    family = config["model_type"]
+    if family in _OWN_NAMES:
+        own = _OWN_NAMES[family]
         if kv_heads not in (None, heads):
             raise ModelError(
-                f"bloom has a key/value head for each query head, so it cannot have {kv_heads}; "
+                f"{family} has a key/value head for each query head, so it cannot have {kv_heads}; "
                 "leave --kv-heads out, or take another model."
             )
-        grown["n_head"] = heads or max(config["n_head"], plan.ulysses * plan.tensor)
-        grown["hidden_size"] = grown["n_head"] * (config["hidden_size"] // config["n_head"])
-        grown["n_layer"] = max(config["n_layer"], plan.pipeline) if layers is None else layers
-        return grown
+        heads = heads or _heads(plan, config[own["heads"]], 1)
+        grown = {own["heads"]: heads, own["hidden"]: heads * (config[own["hidden"]] // config[own["heads"]])}
+        if "positions" in own:
+            grown[own["positions"]] = max(config[own["positions"]], num_tokens)
+        return {**config, **grown, own["layers"]: _layers(config[own["layers"]], plan, layers)}
     group = config["num_attention_heads"] // config["num_key_value_heads"]
-    if heads is None and kv_heads is None:
-        kv_heads = max(config["num_key_value_heads"], -(-plan.ulysses * plan.tensor // group))
-    elif kv_heads is None:
-        kv_heads = heads
-    grown["num_key_value_heads"] = kv_heads
-    grown["num_attention_heads"] = heads if heads is not None else kv_heads * group
-    grown["hidden_size"] = grown["num_attention_heads"] * config["head_dim"]
-    grown["num_hidden_layers"] = max(config["num_hidden_layers"], plan.pipeline) if layers is None else layers
-    grown["max_position_embeddings"] = max(config["max_position_embeddings"], num_tokens)
-    return grown
+    if heads is None:
+        heads = _heads(plan, config["num_attention_heads"], group) if kv_heads is None else kv_heads * group
+        kv_heads = heads // group
+    return {
+        **config,
+        "num_key_value_heads": heads if kv_heads is None else kv_heads,
+        "num_attention_heads": heads,
+        "hidden_size": heads * config["head_dim"],
+        "num_hidden_layers": _layers(config["num_hidden_layers"], plan, layers),
+        "max_position_embeddings": max(config["max_position_embeddings"], num_tokens),
+    }
+
+
+_OWN_NAMES = {
+    "bloom": {"heads": "n_head", "hidden": "hidden_size", "layers": "n_layer"},
+    "gpt2": {"heads": "n_head", "hidden": "n_embd", "layers": "n_layer", "positions": "n_positions"},
+}
+"""What the families without key/value heads of their own call the numbers that grow."""
+
+
+def _heads(plan: Plan, least: int, group: int) -> int:
+    """The fewest query heads, at least so many, of whole groups, that the plan deals out."""
+    ranks = plan.tensor_grid.heads
+    step = lcm(group, ranks)
+    return -(-max(least, ranks * plan.attention_ulysses) // step) * step
+
+
+def _layers(least: int, plan: Plan, given: int | None) -> int:
+    return max(least, plan.pipeline) if given is None else given

@@ -1,5 +1,29 @@
-"""What a plan costs, from formulas; no torch."""
+"""What a plan costs, from formulas, and who holds what under it; no torch."""
 
-from seqloom.planner.traffic import all_reduce_bytes, attention_bytes
+from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places
+from seqloom.planner.tensor_traffic import (
+    Linear,
+    layer_elements,
+    layer_linears,
+    linear_elements,
+    model_elements,
+    tensor_bytes,
+)
+from seqloom.planner.traffic import all_reduce_bytes, attention_bytes, local_heads
 
-__all__ = ["all_reduce_bytes", "attention_bytes"]
+__all__ = [
+    "Linear",
+    "Place",
+    "Tokens",
+    "all_reduce_bytes",
+    "attention_bytes",
+    "inner_spans",
+    "layer_elements",
+    "layer_linears",
+    "linear_elements",
+    "local_heads",
+    "model_elements",
+    "outer_spans",
+    "places",
+    "tensor_bytes",
+]

@@ -26,8 +26,13 @@ own heads' output of p's; backward, gradients the other way, in the type of the 
     backward  m(p) (Hq(u) Dk + Hk(u) (Dk + Dv)) + m(u) Hq(p) Dv
 
 With even splits and one width D that is 2 (P - 1) n Hk D for a pass around the ring, and
-(U - 1) / U m D (2 Hq + 2 Hk) for Ulysses, with all heads. Sources: arXiv 2309.14509 (Ulysses),
-2310.01889 (ring), 2406.18485 (double ring), 2407.21783 (all-gather), 2105.13120 (rsa).
+(U - 1) / U m D (2 Hq + 2 Hk) for Ulysses, with all heads.
+
+Under a tensor grid P and U are attention's own degrees, of which the token axes of the grid are a part, and
+Hq and Hk the heads that a tensor rank holds. What its linears send is in `planner.tensor_traffic`.
+
+Sources: arXiv 2309.14509 (Ulysses), 2310.01889 (ring), 2406.18485 (double ring), 2407.21783 (all-gather),
+2105.13120 (rsa).
 """
 
 from collections import Counter
@@ -37,13 +42,14 @@ from seqloom.geometry import HeadSplit, Layout, Mask, Span, even_bounds, total
 from seqloom.plan import ModelShape, Plan
 
 
-def attention_bytes(
+def attention_bytes(  # noqa: PLR0913
     plan: Plan,
     model: ModelShape,
     num_tokens: int,
     *,
     ring_rank: int = 0,
     ulysses_rank: int = 0,
+    heads_rank: int = 0,
     masks: Sequence[Mask] = (Mask(),),
     layout: Layout | None = None,
     item_bytes: int = 4,
@@ -54,25 +60,42 @@ def attention_bytes(
 
     The axes are ring (outer_ring and inner_ring where the plan has an inner ring) and ulysses.
 
-    num_tokens: length of a global sequence. masks: of this rank's rows in this layer, one each; only
+    num_tokens: length of a global sequence. ring_rank, ulysses_rank: on attention's axes; heads_rank: on the
+    axis of the tensor grid that splits heads. masks: of this rank's rows in this layer, one each; only
     `exchange=needed` and `layout=balanced` look at more than their number. layout: who holds which
     tokens, by default the plan's, evened out over `masks` where it is balanced. item_bytes: size of an
     activation element; accumulate_bytes: of a gradient that is summed on its way (at least 4).
     value_dim: width of a value head, by default that of the others.
     """
-    layout = layout or Layout(plan.layout, num_tokens, plan.ring, plan.ulysses, tuple(masks))
-    heads = HeadSplit(model.heads, model.kv_heads, plan.ulysses)
+    layout = layout or Layout(plan.layout, num_tokens, plan.attention_ring, plan.attention_ulysses, tuple(masks))
+    heads = HeadSplit(*local_heads(plan, model, heads_rank), plan.attention_ulysses)
     key_dim, value_dim = model.head_dim, value_dim or model.head_dim
     width = heads.keys(ulysses_rank).size * (key_dim + value_dim)
     sent = {}
     for axis, (blocks, gradients) in _ring_tokens(plan, layout, masks, ring_rank).items():
         forward = blocks * width * item_bytes
         sent[axis] = {"forward": forward, "backward": forward + gradients * width * accumulate_bytes}
-    members = even_bounds(total(layout.ring_spans[ring_rank]), plan.ulysses)
+    members = even_bounds(total(layout.ring_spans[ring_rank]), plan.attention_ulysses)
     forward, backward = _ulysses_elements(heads, members, ulysses_rank, key_dim, value_dim)
     rows = len(masks)
     sent["ulysses"] = {"forward": rows * forward * item_bytes, "backward": rows * backward * item_bytes}
     return sent
+
+
+def local_heads(plan: Plan, model: ModelShape, heads_rank: int = 0) -> tuple[int, int]:
+    """The query and key/value heads that a rank of the tensor grid attends with, its Ulysses group together.
+
+    Key/value heads that other ranks read, too, are there once more. Where their groups are irregular, each
+    query head has one of its own.
+
+    >>> tiny = dict(family="llama", vocab=1, hidden=1, layers=1, head_dim=1, max_positions=1)
+    >>> shape = ModelShape(heads=12, kv_heads=4, **tiny)
+    >>> local_heads(Plan(tensor=6), shape), local_heads(Plan(tensor=3), shape)
+    ((2, 1), (4, 4))
+    """
+    split = HeadSplit(model.heads, model.kv_heads, plan.tensor_grid.heads)
+    queries = split.queries(heads_rank).size
+    return queries, queries if split.reads(heads_rank) else split.keys(heads_rank).size
 
 
 def _ring_tokens(plan: Plan, layout: Layout, masks: Sequence[Mask], rank: int) -> dict[str, tuple[int, int]]:
@@ -80,7 +103,7 @@ def _ring_tokens(plan: Plan, layout: Layout, masks: Sequence[Mask], rank: int) -
     spans, rows = layout.ring_spans, len(masks)
     held = [total(part) for part in spans]
     if plan.exchange == "needed":
-        others = [part for part in range(plan.ring) if part != rank]
+        others = [part for part in range(plan.attention_ring) if part != rank]
         return {
             "ring": (
                 sum(_seen(masks, spans[other], spans[rank]) for other in others),
@@ -88,7 +111,7 @@ def _ring_tokens(plan: Plan, layout: Layout, masks: Sequence[Mask], rank: int) -
             )
         }
     if plan.exchange == "gather":
-        return {"ring": (rows * (plan.ring - 1) * held[rank], rows * (sum(held) - held[rank]))}
+        return {"ring": (rows * (plan.attention_ring - 1) * held[rank], rows * (sum(held) - held[rank]))}
     outer, inner = plan.rings
     grid = [held[o * inner : (o + 1) * inner] for o in range(outer)]
     mine, place = divmod(rank, inner)

@@ -13,6 +13,7 @@ from statistics import fmean
 
 from seqloom.geometry import Layout, Mask, Span, even_bounds
 from seqloom.plan import Plan
+from seqloom.planner import Place, outer_spans, places
 
 MAX_POINTS = 800
 """A curve of more steps is drawn as means over equal runs of steps."""
@@ -42,7 +43,7 @@ def shade(ring_rank: int, ring: int, ulysses_rank: int = 0, ulysses: int = 1) ->
 
 @dataclass(frozen=True)
 class Cell:
-    """One process of the mesh: its number, its place, its colour."""
+    """One process of the mesh: its number, its place on attention's axes, its colour."""
 
     rank: int
     ring: int
@@ -52,33 +53,30 @@ class Cell:
 
 @dataclass(frozen=True)
 class Panel:
-    """The ulysses x ring grid at one point of the other axes; `name` is empty when there is only one."""
+    """Attention's ulysses x ring grid at one point of the other axes; `name` is empty when there is only one."""
 
     name: str
     cells: tuple[Cell, ...]
 
 
-def rank_of(plan: Plan, *, ring: int = 0, ulysses: int = 0, tensor: int = 0, data: int = 0, pipeline: int = 0) -> int:
-    """The number of a process: tensor counts fastest, then ulysses, ring, data, pipeline.
-
-    >>> rank_of(Plan(data=2, ring=3, ulysses=2), data=1, ring=2, ulysses=1)
-    11
-    """
-    copy = pipeline * plan.data + data
-    return ((copy * plan.ring + ring) * plan.ulysses + ulysses) * plan.tensor + tensor
-
-
 def mesh(plan: Plan) -> tuple[Panel, ...]:
-    """A panel for each point of the axes other than ring and ulysses."""
+    """A panel for each copy of the model and each share of its heads.
+
+    The other axes of a tensor grid are a part of attention's ring, or of its Ulysses group.
+
+    >>> [panel.name for panel in mesh(Plan(data=2, tensor=4, tensor_kind="2d"))]
+    ['data 0, col 0', 'data 0, col 1', 'data 1, col 0', 'data 1, col 1']
+    """
+    ring, ulysses, grid = plan.attention_ring, plan.attention_ulysses, plan.tensor_grid
+    sizes = {"pipeline": plan.pipeline, "data": plan.data, grid.inner.hidden or "tensor": grid.heads}
     panels = []
-    for pipeline, data, tensor in product(range(plan.pipeline), range(plan.data), range(plan.tensor)):
-        at = {"pipeline": pipeline, "data": data, "tensor": tensor}
-        name = ", ".join(f"{axis} {index}" for axis, index in at.items() if getattr(plan, axis) > 1)
+    for pipeline, data, heads in product(*map(range, sizes.values())):
+        at = zip(sizes.items(), (pipeline, data, heads), strict=True)
         cells = tuple(
-            Cell(rank_of(plan, ring=r, ulysses=u, **at), r, u, shade(r, plan.ring, u, plan.ulysses))
-            for u, r in product(range(plan.ulysses), range(plan.ring))
+            Cell(Place(r, u, heads).rank(plan, data=data, pipeline=pipeline), r, u, shade(r, ring, u, ulysses))
+            for u, r in product(range(ulysses), range(ring))
         )
-        panels.append(Panel(name, cells))
+        panels.append(Panel(", ".join(f"{axis} {index}" for (axis, size), index in at if size > 1), cells))
     return tuple(panels)
 
 
@@ -109,12 +107,17 @@ class Piece:
 
 
 def owners_between(layout: Layout, plan: Plan) -> tuple[Owner, ...]:
-    """The ranks of the first panel, with the tokens each holds between attention layers."""
+    """The ranks of the first copy among which tokens are split between linears, with the tokens of each.
+
+    Ranks that hold other channels of the same tokens, or the same, go with the first of them.
+    """
+    grid = plan.tensor_grid
     found = []
-    for r, u in product(range(layout.ring), range(layout.ulysses)):
-        rank = rank_of(plan, ring=r, ulysses=u)
-        style = shade(r, layout.ring, u, layout.ulysses)
-        found.append(Owner(str(rank), f"rank {rank}", style, layout.shard(r, u)))
+    for place in places(plan):
+        at, rank = place.on_grid(plan), place.rank(plan)
+        if all(at[axis] == 0 for axis in grid.axes if axis not in grid.outer.tokens):
+            style = shade(place.ring, layout.ring, place.ulysses, layout.ulysses)
+            found.append(Owner(str(rank), f"rank {rank}", style, outer_spans(plan, layout, place)))
     return tuple(found)
 
 

@@ -11,7 +11,8 @@ from statistics import median
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from seqloom.geometry import Layout, Mask, total
-from seqloom.planner import all_reduce_bytes, attention_bytes
+from seqloom.plan import Plan
+from seqloom.planner import all_reduce_bytes, attention_bytes, tensor_bytes
 from seqloom.report import figures
 from seqloom.report.record import Folder, Run, Step, read_folder
 
@@ -48,8 +49,8 @@ def render(folder: Folder) -> str:
     environment.filters |= {"bytes": said_bytes, "count": said_count, "error": said_error, "short": figures.number}
     environment.filters["seconds"] = said_seconds
     run, plan, steps = folder.run, folder.plan, folder.steps
-    layout = Layout(plan.layout, run.num_tokens, plan.ring, plan.ulysses)
-    panels = figures.mesh(plan)
+    layout = Layout(plan.layout, run.num_tokens, plan.attention_ring, plan.attention_ulysses)
+    panels, between = figures.mesh(plan), figures.owners_between(layout, plan)
     return environment.get_template("page.html.j2").render(
         run=run,
         plan=plan,
@@ -61,16 +62,18 @@ def render(folder: Folder) -> str:
         curves=curves(run, steps),
         panels=panels[:MAX_PANELS],
         panels_left=len(panels) - len(panels[:MAX_PANELS]),
-        bars=bars(folder, layout),
+        bars=bars(between, layout),
         position_ticks=figures.position_ticks(run.num_tokens),
-        held=held(layout),
+        split_over=len(between),
+        axes=axes(plan),
+        held=held(between),
         works=works(layout),
         max_work_rows=MAX_WORK_ROWS,
         traffic=traffic(folder),
         speed=speed(steps),
         parity=parity(folder),
         tolerance_place=figures.error_place(folder.verdict.tolerance or 0.0) if folder.verdict else 0.0,
-        ring_styles=[figures.shade(r, plan.ring) for r in range(plan.ring)],
+        ring_styles=[figures.shade(r, layout.ring) for r in range(layout.ring)],
         config=json.dumps(run.model, indent=2),
     )
 
@@ -188,12 +191,12 @@ class Bar:
     zoom_tokens: int
 
 
-def bars(folder: Folder, layout: Layout) -> tuple[Bar, ...]:
+def bars(between: Sequence[figures.Owner], layout: Layout) -> tuple[Bar, ...]:
     """Who holds which tokens, between attention layers and inside them."""
-    num_tokens = folder.run.num_tokens
+    num_tokens = layout.num_tokens
     found = []
     for title, owners in (
-        ("Between attention layers, by rank", figures.owners_between(layout, folder.plan)),
+        ("Between attention layers, by rank", between),
         ("Inside attention, by ring rank", figures.owners_inside(layout)),
     ):
         step = max(span.step for owner in owners for span in owner.spans)
@@ -203,9 +206,23 @@ def bars(folder: Folder, layout: Layout) -> tuple[Bar, ...]:
     return tuple(found)
 
 
-def held(layout: Layout) -> str:
-    """How many tokens a process holds: a number, or a range where they differ by one."""
-    sizes = {total(layout.shard(r, u)) for r in range(layout.ring) for u in range(layout.ulysses)}
+def axes(plan: Plan) -> str:
+    """The axes of the mesh and their sizes, as the header says them.
+
+    >>> axes(Plan(data=2, tensor=4, tensor_kind="2d"))
+    'data 2 x ring 1 x ulysses 1 x tensor 4 (row 2 x col 2)'
+    """
+    sizes = [("data", plan.data)] * (plan.data > 1) + [("ring", plan.ring), ("ulysses", plan.ulysses)]
+    said = " x ".join(f"{axis} {size}" for axis, size in sizes)
+    if plan.tensor == 1:
+        return said
+    grid = " x ".join(f"{axis} {size}" for axis, size in plan.tensor_grid.axes.items())
+    return f"{said} x tensor {plan.tensor}" + f" ({grid})" * (plan.tensor_kind != "1d")
+
+
+def held(between: Sequence[figures.Owner]) -> str:
+    """How many tokens a process holds between layers: a number, or a range where they differ."""
+    sizes = {total(owner.spans) for owner in between}
     return " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
 
 
@@ -222,6 +239,13 @@ CARRIES = {
     "inner_ring": "keys and values among neighbours of a row, and their gradients back",
     "outer_ring": "keys and values between the neighbourhoods of a row, and their gradients back",
     "ulysses": "tokens traded for heads down a column, and back",
+    "tensor": "tokens gathered for the linears and their outputs summed, and the gradients of both",
+    "row": "weights gathered, and their gradients summed",
+    "col": "channels gathered for the linears and their outputs summed, and the gradients of both",
+    "depth": "gradients of the weights, summed",
+    "input": "tokens gathered for the linears and their outputs summed, and the gradients of both",
+    "output": "tokens gathered for the linears and their outputs summed, and the gradients of both",
+    "weight": "weights gathered, and their gradients summed",
     "replicas": "gradients summed over all ranks that hold the same weights",
 }
 
@@ -262,19 +286,37 @@ def traffic(folder: Folder) -> tuple[Traffic, ...]:
     each = f"{shape.layers} layers" + (f" x {run.accumulate} micro-batches" if run.accumulate > 1 else "")
     known: dict[str, tuple[int, str, int | None]] = {}
     outer, inner = plan.rings
-    degrees = {"ring": plan.ring, "outer_ring": outer, "inner_ring": inner, "ulysses": plan.ulysses}
+    degrees = {"ring": outer * inner, "outer_ring": outer, "inner_ring": inner, "ulysses": plan.attention_ulysses}
     for axis, passes in layer.items():
         forward, backward = passes["forward"] * (1 + run.gradient_checkpointing), passes["backward"]
         how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward)"
         known[axis] = degrees[axis], how, times * (forward + backward)
         if degrees[axis] > 1 and (plan.layout == "balanced" or (axis == "ring" and plan.exchange == "needed")):
             known[axis] = degrees[axis], "as much as the documents of each batch need", None
+    known |= _tensor_axes(folder, item, each)
     replicas = plan.data * plan.ring * plan.ulysses
     gradients = run.parameters * max(item, 4)
     how = f"2 ({replicas} - 1) / {replicas} of {said_bytes(gradients)} of gradients"
     known["replicas"] = replicas, how, all_reduce_bytes(gradients, replicas)
+    if plan.tensor > 1 and replicas > 1:
+        known["replicas"] = replicas, "each tensor rank's part of the gradients", None
     seen = {axis for step in steps for axis in step.sent_bytes}
     return tuple(_axis_traffic(axis, known.get(axis), steps) for axis in (*known, *sorted(seen - known.keys())))
+
+
+def _tensor_axes(folder: Folder, item: int, each: str) -> dict[str, tuple[int, str, int | None]]:
+    """The axes of a tensor grid: what the layers' linears send is known, not what goes with it."""
+    run, plan = folder.run, folder.plan
+    if plan.tensor == 1:
+        return {}
+    rows = max(1, run.batch // plan.data)
+    found: dict[str, tuple[int, str, int | None]] = {}
+    for axis, passes in tensor_bytes(plan, folder.shape, run.num_tokens, sequences=rows, item_bytes=item).items():
+        forward, backward = passes["forward"] * (1 + run.gradient_checkpointing), passes["backward"]
+        how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward) in linears, and "
+        others = "the embedding's, the head's, the norms' and shared gradients"
+        found[axis] = plan.tensor_grid.axes[axis], how + others, None
+    return found
 
 
 def _axis_traffic(axis: str, known: tuple[int, str, int | None] | None, steps: Sequence[Step]) -> Traffic:

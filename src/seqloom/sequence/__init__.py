@@ -2,5 +2,6 @@
 
 from seqloom.sequence.batch import NO_LABEL, Batch
 from seqloom.sequence.shard import LocalBatch, RowTiles, SequenceShard, shard_batch
+from seqloom.sequence.tokens import TokenSplit
 
-__all__ = ["NO_LABEL", "Batch", "LocalBatch", "RowTiles", "SequenceShard", "shard_batch"]
+__all__ = ["NO_LABEL", "Batch", "LocalBatch", "RowTiles", "SequenceShard", "TokenSplit", "shard_batch"]

@@ -14,6 +14,7 @@ from seqloom.fabric import Axis, Fabric, all_reduce_
 from seqloom.geometry import Layout, Mask, Span, Tile, even_bounds, total
 from seqloom.plan import unsplittable
 from seqloom.sequence.batch import Batch
+from seqloom.sequence.tokens import TokenSplit, split_tokens
 
 ASKED = 64
 """Positions along a row of which each pair is asked, to tell rules of the user's own apart."""
@@ -38,7 +39,8 @@ class SequenceShard:
     masks: one mask a local row. layout: which rank holds which positions. ring, ulysses: the axes
     that attention communicates over; outer x inner is the ring once more, as a double ring takes it.
     exchange: `Plan.exchange`. seed, first_row: what dropout draws from; first_row is the number of
-    the first local row in the run's data.
+    the first local row in the run's data. tokens: what the two sides of the tensor grid hold.
+    head_rank: this rank's place among those the heads are split over by the tensor grid, evenly.
     """
 
     masks: tuple[Mask, ...]
@@ -50,6 +52,8 @@ class SequenceShard:
     exchange: str
     seed: int = 0
     first_row: int | None = None
+    tokens: TokenSplit | None = None
+    head_rank: int = 0
     _made: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -110,7 +114,8 @@ class LocalBatch:
     """This rank's part of a batch, on its device.
 
     input_ids, position_ids, labels: [local rows, local tokens], int64; positions count from the
-    start of each document. label_count: labels of the whole batch, on all ranks together.
+    start of each document. Under a tensor grid input_ids are the tokens of its outer side, the others
+    those of its inner side. label_count: labels of the whole batch, on all ranks together.
     """
 
     input_ids: Tensor
@@ -142,9 +147,11 @@ def shard_batch(
     mine = slice(fabric.data.rank * rows, (fabric.data.rank + 1) * rows)
     masks = tuple(batch.mask(row) for row in range(mine.start, mine.stop))
     even = tuple(mask.within(window) for window in windows for mask in masks) if plan.layout == "balanced" else ()
+    layout = Layout(plan.layout, batch.num_tokens, plan.attention_ring, plan.attention_ulysses, even)
+    tokens = split_tokens(layout, fabric)
     shard = SequenceShard(
         masks=masks,
-        layout=Layout(plan.layout, batch.num_tokens, plan.ring, plan.ulysses, even),
+        layout=layout,
         ring=fabric.ring,
         outer=fabric.outer,
         inner=fabric.inner,
@@ -152,9 +159,15 @@ def shard_batch(
         exchange=plan.exchange,
         seed=batch.seed,
         first_row=None if batch.first_row is None else batch.first_row + mine.start,
+        tokens=tokens,
+        head_rank=fabric.grid[plan.tensor_grid.inner.hidden or ""].rank,
     )
-    held = torch.cat([torch.arange(*span) for span in shard.spans])
-    parts = (part[mine].index_select(1, held).to(fabric.device) for part in _columns(batch))
+    inner = torch.cat([torch.arange(*span) for span in shard.spans])
+    outer = torch.cat([torch.arange(*span) for span in tokens.outer])
+    parts = (
+        part[mine].index_select(1, held).to(fabric.device)
+        for part, held in zip(_columns(batch), (outer, inner, inner), strict=True)
+    )
     return LocalBatch(*parts, label_count=batch.label_count), shard
 
 

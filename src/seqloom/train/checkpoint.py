@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-000120` that `torch.distributed.checkpoint` wrote: parameters and
 optimizer state by name, random state by rank, and `progress.json` with everything else and the size
-of every file. It is written under another name and renamed when it is complete.
+of every file. It is written under another name and renamed when it is complete. Of what a tensor grid
+splits each rank writes and reads its part; the file knows the whole shapes.
 """
 
 import json
@@ -19,11 +20,12 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
 
 from seqloom.errors import CheckpointError
 from seqloom.fabric import Fabric, barrier
+from seqloom.model import held_tensors
 
 _NAME = re.compile(r"step-(\d{6,})$")
 _PROGRESS = "progress.json"
@@ -130,7 +132,7 @@ def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, f
         checkpoint.load(state, checkpoint_id=path)
     except CheckpointException as error:
         raise CheckpointError(f"{path} cannot be read ({_first_failure(error)}); {_ADVICE}.") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
     for device, numbers in state["random"][str(fabric.rank)].items():
         (torch.cuda.set_rng_state if device == "cuda" else torch.set_rng_state)(numbers)
 
@@ -142,11 +144,12 @@ def _whole(folder: Path) -> list[Path]:
 
 
 def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizer)
+    # Not `model.state_dict()`, which would gather what a plan holds in parts; loading fills the model itself.
+    moments = get_optimizer_state_dict(model, optimizer)
     random = {"cpu": torch.get_rng_state()}
     if fabric.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
-    return {"model": weights, "optimizer": moments, "random": {str(fabric.rank): random}}
+    return {"model": held_tensors(model), "optimizer": moments, "random": {str(fabric.rank): random}}
 
 
 def _check_names(path: Path, state: Mapping[str, Any]) -> None:

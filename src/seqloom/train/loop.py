@@ -97,9 +97,10 @@ class _Run:
                 stopped = stop.agreed(self.fabric)
                 if stopped or step == train.steps or self._due(step):
                     self._save(step)
-        if leader and step == train.steps:
+        if step == train.steps and (leader or self.fabric.tensor.size > 1):  # parts are gathered by all that hold them
             with without_progress_bars():
                 self.model.save_pretrained(folder / "model")
+        if step == train.steps and leader:
             self.tokenizer.save(folder / "model")
         recent = losses[-RECENT:]
         loss = sum(recent) / len(recent) if recent else None

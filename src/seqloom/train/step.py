@@ -6,14 +6,25 @@ from dataclasses import dataclass
 from math import isfinite
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import layer_windows, sum_gradients, token_loss
+from seqloom.model import (
+    clear_gradients,
+    copies,
+    gradient,
+    hand_over,
+    layer_windows,
+    sum_gradients,
+    token_loss,
+)
 from seqloom.sequence import Batch, shard_batch
+from seqloom.tensor import local
+
+PIECE = 2**24
+"""Elements whose squares are summed at once: their copies in float64 are all the memory that a norm takes."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +52,40 @@ def compute_gradients(
 ) -> StepReport:
     """Leave in every parameter the gradient of the mean loss over all labels of all micro-batches.
 
-    Every rank passes the same global micro-batches. Gradients that were there are replaced.
+    Every rank passes the same global micro-batches. Gradients that were there are replaced. Where they are
+    afterwards `seqloom.model.gradient` tells.
     """
     total = sum(batch.label_count for batch in micro_batches)
     share = torch.zeros((), dtype=torch.float64, device=fabric.device)
-    model.zero_grad()
+    clear_gradients(model)
     windows = layer_windows(model)
     for batch in micro_batches:
-        local, shard = shard_batch(batch, fabric, windows=windows)
+        mine, shard = shard_batch(batch, fabric, windows=windows)
         with computing(precision, fabric.device):
-            loss = token_loss(model, local, shard, total=total, chunk_tokens=chunk_tokens)
+            loss = token_loss(model, mine, shard, total=total, chunk_tokens=chunk_tokens)
         loss.backward()
         share += loss.detach()
     sum_gradients(model, fabric)
     all_reduce_(share, fabric.world)
-    return StepReport(share.item(), get_total_norm(gradients(model)).item(), total)
+    return StepReport(share.item(), gradient_norm(model, fabric), total)
+
+
+def gradient_norm(model: nn.Module, fabric: Fabric) -> float:
+    """The norm of all gradients as one vector, each element counted once, whoever holds it; summed in float64.
+
+    Every rank calls it together, after `sum_gradients`.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=fabric.device)
+    for found in gradients(model):
+        # Those ranks of the tensor group that hold the same elements all count them.
+        total += _square(local(found)) / copies(found, fabric)
+    return all_reduce_(total, fabric.tensor).sqrt().item()
+
+
+def _square(part: Tensor) -> Tensor:
+    """The sum of the squares of all elements, in float64."""
+    pieces = part.flatten().split(PIECE)
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in pieces]).square().sum()
 
 
 def apply_gradients(
@@ -71,12 +101,13 @@ def apply_gradients(
             "resume from the last checkpoint with a lower learning rate or in float32."
         )
     if clip is not None:
-        trained = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.tensor(report.gradient_norm, dtype=torch.float64, device=trained[0].device)
-        clip_grads_with_norm_(trained, clip, norm)
+        factor = clip / (report.gradient_norm + 1e-6)  # as torch's clip_grad_norm_ has it
+        for found in gradients(model) if factor < 1 else ():
+            local(found).mul_(factor)
+    hand_over(model)
     optimizer.step()
 
 
-def gradients(model: PreTrainedModel) -> list[Tensor]:
+def gradients(model: nn.Module) -> list[Tensor]:
     """The gradients that parameters hold."""
-    return [p.grad for p in model.parameters() if p.grad is not None]
+    return [found for parameter in model.parameters() if (found := gradient(parameter)) is not None]

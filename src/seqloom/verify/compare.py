@@ -44,7 +44,8 @@ class Verdict:
     all parameters and ranks, |g - ref| / max(|ref|, floor x |all g|), in norms, at the first step;
     worst_parameter has it. parameter_error: likewise of the parameters after all steps. parameters:
     the five worst gradients, as {"name": ..., "gradient_error": ...}. parting: where the runs part
-    first, when they do. dropouts_off: the configuration's dropouts, all of which verify sets to 0.
+    first, when they do. dropouts: what dropped out, on both sides. dropouts_off: the configuration's dropouts that
+    were set to 0.
     """
 
     plan: str
@@ -59,6 +60,7 @@ class Verdict:
     parameter_error: float
     parameters: tuple[dict[str, str | float], ...] = ()
     parting: Parting | None = None
+    dropouts: tuple[str, ...] = ()
     dropouts_off: tuple[str, ...] = ()
 
     @property

@@ -1,6 +1,7 @@
 """The reference: the untouched transformers model on one device, with its own attention and a dense mask.
 
-Nothing of seqloom's attention, sharding or loss is in it; masks are written out from their definition.
+Nothing of seqloom's attention, sharding, dropout or loss is in it; masks and the coins of dropout are written
+out from their definition.
 """
 
 import sys
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from seqloom.errors import ModelError
 from seqloom.sequence import NO_LABEL, Batch
 from seqloom.train import computing
+from seqloom.verify.coins import coins
 
 
 @dataclass
@@ -84,7 +86,9 @@ def one_device_logits(model: PreTrainedModel, batch: Batch, row: int, *, precisi
     part = slice(row, row + 1)
     mask = layer_masks(model, batch, row)
     given = {} if model.config.model_type == "bloom" else {"attention_mask": mask}
-    with _bloom_mask(model, mask), computing(precision, model.device):
+    # A row without a number is of a model that does not drop out.
+    row_number = 0 if batch.first_row is None else batch.first_row + row
+    with coins(model, batch.seed, row_number), _bloom_mask(model, mask), computing(precision, model.device):
         return model(
             input_ids=batch.tokens[part].to(model.device),
             position_ids=batch.positions()[part].to(model.device),

@@ -2,10 +2,11 @@
 
 Both runs make one more forward pass over the first micro-batch, from the first weights. Every rank keeps
 what its modules saw and gave; then rank 0 walks the one-device model and sends each module's tensor
-as it comes, so that of the reference only one module is held at a time.
+as it comes, so that of the reference only one module is held at a time. Each rank compares what it holds:
+some of the tokens, and of a tensor grid's activations a slice of the hidden dim.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqloom.fabric import Fabric, all_reduce_, broadcast_
+from seqloom.geometry import Span
 from seqloom.model import layer_windows, token_loss
-from seqloom.sequence import Batch, shard_batch
+from seqloom.plan import chunks
+from seqloom.sequence import Batch, SequenceShard, shard_batch
+from seqloom.tensor import Placeholder
 from seqloom.train import computing
 from seqloom.verify.oracle import one_device_logits
 
@@ -63,10 +67,27 @@ class Parting:
 
 @dataclass
 class _Trace:
-    """What one forward pass leaves: the order in which modules ended, and the tensors that fit."""
+    """What one forward pass leaves, in the order of calls, which all ranks have in common.
 
+    ended: modules in the order in which their calls ended. events: all that happened. kept: the tensors
+    of tokens among it. sides: the positions of the tokens that this rank holds, once for each side of a
+    tensor grid. packed: how many parts of the reference's output a module gives one after the other.
+    """
+
+    sides: tuple[Tensor, ...]
+    packed: dict[str, int]
     ended: list[str] = field(default_factory=list)
-    kept: dict[Event, Tensor] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Met:
+    """Where an event parted: the first wrong token, and how wrong it is."""
+
+    row: int
+    position: int
+    error: float
 
 
 def first_parting(
@@ -83,23 +104,24 @@ def first_parting(
     reference: the one-device model on rank 0, None elsewhere. Every rank calls it and gets the same.
     """
     rows = len(batch.tokens) // fabric.plan.data
-    trace, held = _split_forward(model, batch, fabric, precision)
-    events = list(trace.kept)
-    parted: dict[int, tuple[int, int, float]] = {}  # event: row, position, error
+    trace = _split_forward(model, batch, fabric, precision)
+    parted: dict[int, _Met] = {}
     for row in range(len(batch.tokens)):
 
         def meet(number: int, whole: Tensor, row: int = row) -> None:
-            if row // rows != fabric.data.rank or number in parted:
+            if row // rows != fabric.data.rank or number in parted or number not in trace.kept:
                 return
-            mine = trace.kept[events[number]][row % rows].to(whole)
-            errors = _token_errors(mine, whole, held.to(whole.device))
-            wrong = (~(errors <= tolerance)).nonzero().flatten().cpu()
-            if len(wrong):
-                first = int(wrong[held[wrong].argmin()])
-                parted[number] = row, int(held[first]), errors[first].item()
+            mine = trace.kept[number][row % rows].to(whole)
+            name, side, _ = trace.events[number]
+            packed = trace.packed.get(name, 1) if side == "output" else 1
+            readings = _slices(mine, whole, trace.sides, packed, fabric)
+            # Sides that hold equally many tokens are told apart by what fits.
+            found = min((_compared(mine, *reading, tolerance) for reading in readings), default=None)
+            if found is not None and found.wrong:
+                parted[number] = _Met(row, found.position, found.error)
 
         _walk(reference, trace, batch, row, fabric, precision, meet)
-    return _agree(parted, events, batch.num_tokens, fabric), trace.ended
+    return _agree(parted, trace.events, batch.num_tokens, fabric), trace.ended
 
 
 def later_parting(errors: Mapping[str, float], loss_error: float, order: Sequence[str], *, tolerance: float) -> Parting:
@@ -118,18 +140,35 @@ def later_parting(errors: Mapping[str, float], loss_error: float, order: Sequenc
     return Parting(where="step")
 
 
-def _split_forward(model: PreTrainedModel, batch: Batch, fabric: Fabric, precision: str) -> tuple[_Trace, Tensor]:
+def _split_forward(model: PreTrainedModel, batch: Batch, fabric: Fabric, precision: str) -> _Trace:
     """What this rank's modules saw and gave, and the positions it holds."""
     local, shard = shard_batch(batch, fabric, windows=layer_windows(model))
-    trace = _Trace()
-    shape = (local.input_ids.shape[0], local.input_ids.shape[1])
+    packed = {
+        name: max(len(parts) for parts, _ in module.packed.values())
+        for name, module in model.named_modules()
+        if getattr(module, "packed", None)
+    }
+    trace = _Trace(_sides(shard), packed)
 
-    def keep(event: Event, tensor: Tensor) -> None:
-        trace.kept[event] = tensor.cpu()
+    def keep(event: Event, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            trace.kept[len(trace.events)] = tensor.cpu()
+        trace.events.append(event)
 
-    with torch.no_grad(), _watched(model, shape, keep, trace.ended), computing(precision, fabric.device):
+    shapes = {(len(local.input_ids), len(held)) for held in trace.sides}
+    with torch.no_grad(), _watched(model, shapes, keep, trace.ended), computing(precision, fabric.device):
         token_loss(model, local, shard)
-    return trace, torch.cat([torch.arange(*span) for span in shard.spans])
+    return trace
+
+
+def _sides(shard: SequenceShard) -> tuple[Tensor, ...]:
+    """The positions this rank holds; on a tensor grid those of the outer and of the inner side."""
+    both: list[tuple[Span, ...]] = [shard.tokens.outer, shard.tokens.inner] if shard.tokens else [shard.spans]
+    return tuple(torch.cat([torch.arange(*span) for span in spans]) for spans in dict.fromkeys(both))
+
+
+MOST_DIMS = 8
+"""A tensor's shape travels ahead of it as so many numbers."""
 
 
 def _walk(
@@ -143,36 +182,79 @@ def _walk(
 ) -> None:
     """Run the reference over a row on rank 0; every rank meets each tensor [S, ...] with the number of its event."""
     wide = torch.float64 if precision == "float64" else torch.float32
-    shapes = [tensor.shape[2:] for tensor in trace.kept.values()]
-    numbers = {event: number for number, event in enumerate(trace.kept)}
+    numbers = {trace.events[number]: number for number in trace.kept}
 
-    def say(number: int) -> int:
-        return int(broadcast_(torch.tensor(number, device=fabric.device), fabric.world))
+    def say(number: int, shape: Sequence[int] = ()) -> tuple[int, list[int]]:
+        said = torch.tensor([number, len(shape), *shape, *[0] * (MOST_DIMS - len(shape))], device=fabric.device)
+        number, dims, *sizes = broadcast_(said, fabric.world).tolist()
+        return number, sizes[:dims]
 
-    def send(event: Event, tensor: Tensor) -> None:
-        number = numbers.get(event, -1)
-        if number >= 0 and shapes[number] == tensor.shape[2:]:
-            meet(say(number), broadcast_(tensor[0].to(wide).contiguous(), fabric.world))
+    def send(event: Event, tensor: Tensor | None) -> None:
+        if tensor is not None and event in numbers and tensor.dim() <= MOST_DIMS:
+            whole = tensor[0].to(wide).contiguous()
+            number, _ = say(numbers[event], whole.shape)
+            meet(number, broadcast_(whole, fabric.world))
 
     if reference is not None:
-        with torch.no_grad(), _watched(reference, (1, batch.num_tokens), send, []):
+        with torch.no_grad(), _watched(reference, {(1, batch.num_tokens)}, send, []):
             one_device_logits(reference, batch, row, precision=precision)
         say(-1)
         return
-    while (number := say(-1)) >= 0:
-        whole = torch.empty(batch.num_tokens, *shapes[number], dtype=wide, device=fabric.device)
-        meet(number, broadcast_(whole, fabric.world))
+    number, shape = say(-1)
+    while number >= 0:
+        meet(number, broadcast_(torch.empty(shape, dtype=wide, device=fabric.device), fabric.world))
+        number, shape = say(-1)
 
 
-def _token_errors(mine: Tensor, whole: Tensor, held: Tensor) -> Tensor:
-    """[local_tokens]: how far each token of `mine` is from that of `whole` [S, ...] at the positions held."""
-    size = whole.flatten(1).norm(dim=1).square().mean().sqrt().clamp_min(torch.finfo(whole.dtype).tiny)
-    return ((mine - whole[held]).flatten(1).norm(dim=1) / size).nan_to_num(nan=float("inf"))
+def _slices(
+    mine: Tensor, whole: Tensor, sides: Sequence[Tensor], packed: int, fabric: Fabric
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(what `mine` should be, the positions of its tokens) for each reading of mine [tokens, ...] as a slice of whole.
+
+    It has the tokens of one side, and the whole of the other dims or, of one of them, this rank's part over an
+    axis: of each of so many equal parts, where the reference packs them. None where its shape fits no such
+    slice: what ranks hold in some other way is not compared.
+    """
+    if mine.dim() != whole.dim():
+        return
+    grid, differing = fabric.plan.tensor_grid, [d for d in range(1, mine.dim()) if mine.shape[d] != whole.shape[d]]
+    readings = [whole] if not differing else []
+    for name in dict.fromkeys((grid.inner.hidden, grid.outer.hidden)) if len(differing) == 1 else ():
+        axis = fabric.grid.get(name or "")
+        if axis is not None:
+            cut = [
+                x.split(list(chunks(x.shape[differing[0]], axis.size)), differing[0])
+                for x in whole.chunk(packed, differing[0])
+            ]
+            readings.append(torch.cat([pieces[axis.rank] for pieces in cut], differing[0]))
+    for held in sides:
+        for reading in readings:
+            if len(held) == len(mine) and reading.shape[1:] == mine.shape[1:]:
+                yield reading[held.to(whole.device)], held
 
 
-def _agree(
-    parted: Mapping[int, tuple[int, int, float]], events: Sequence[Event], num_tokens: int, fabric: Fabric
-) -> Parting | None:
+@dataclass(frozen=True, order=True)
+class _Reading:
+    """How far a tensor is from what it should be: the number of wrong tokens, all their errors, and the first's."""
+
+    wrong: int
+    total: float
+    position: int = 0
+    error: float = 0.0
+
+
+def _compared(mine: Tensor, expected: Tensor, held: Tensor, tolerance: float) -> _Reading:
+    """A token's error is |mine - expected| over the root mean square of all tokens of `expected`."""
+    size = expected.flatten(1).norm(dim=1).square().mean().sqrt().clamp_min(torch.finfo(expected.dtype).tiny)
+    errors = ((mine - expected).flatten(1).norm(dim=1) / size).nan_to_num(nan=float("inf")).cpu()
+    wrong = (~(errors <= tolerance)).nonzero().flatten()
+    if not len(wrong):
+        return _Reading(0, 0.0)
+    first = int(wrong[held[wrong].argmin()])
+    return _Reading(len(wrong), errors[wrong].sum().item(), int(held[first]), errors[first].item())
+
+
+def _agree(parted: Mapping[int, _Met], events: Sequence[Event], num_tokens: int, fabric: Fabric) -> Parting | None:
     """The first event that parted on any rank, at the first of its tokens."""
     none = torch.iinfo(torch.int64).max
 
@@ -182,11 +264,11 @@ def _agree(
     first = least(min(parted, default=none))
     if first == none:
         return None
-    row, position, error = parted.get(first, (none, 0, 0.0))
-    here = none if row == none else row * num_tokens + position
+    met = parted.get(first)
+    here = none if met is None else met.row * num_tokens + met.position
     place = least(here)
     rank = least(fabric.rank if here == place else none)
-    sizes = torch.tensor(error if fabric.rank == rank else -1.0, dtype=torch.float64, device=fabric.device)
+    sizes = torch.tensor(met.error if met and fabric.rank == rank else -1.0, dtype=torch.float64, device=fabric.device)
     error = all_reduce_(sizes, fabric.world, "max").item()
     name, side, _ = events[first]
     module, _, child = name.rpartition(".") if side == "input" else (name, "", "")
@@ -203,19 +285,23 @@ def _agree(
 
 @contextmanager
 def _watched(
-    model: nn.Module, shape: tuple[int, int], take: Callable[[Event, Tensor], None], ended: list[str]
+    model: nn.Module,
+    shapes: Collection[tuple[int, int]],
+    take: Callable[[Event, Tensor | None], None],
+    ended: list[str],
 ) -> Iterator[None]:
-    """While entered, `take` gets the first tensor of [*shape, ...] that each module is given, and that it returns.
+    """While entered, `take` gets the first tensor that each module is given, and that it returns, of [*shape, ...].
 
-    ended: filled with the names of modules in the order in which their first calls end.
+    None where there is no such tensor. ended: filled with the names of modules in the order in which calls end.
     """
     calls: dict[tuple[str, str], int] = {}
 
+    def fits(x: Tensor) -> bool:
+        return not isinstance(x, Placeholder) and x.is_floating_point() and tuple(x.shape[:2]) in shapes
+
     def offer(name: str, side: str, *values: Any) -> None:
         calls[name, side] = calls.get((name, side), 0) + 1
-        tensor = next((x for x in _tensors(values) if x.is_floating_point() and tuple(x.shape[:2]) == shape), None)
-        if tensor is not None:
-            take((name, side, calls[name, side]), tensor)
+        take((name, side, calls[name, side]), next(filter(fits, _tensors(values)), None))
 
     def before(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: offer(name, "input", args, kwargs)
@@ -229,7 +315,8 @@ def _watched(
 
     hooks = []
     for name, module in model.named_modules():
-        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        # Ahead of hooks that are there: those of a split model take the input of its projections away.
+        hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
         hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
     try:
         yield

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from seqloom.errors import DataError, ModelError, NumericsError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
 from seqloom.geometry import Mask
-from seqloom.model import build_model, outline, parallelize, probe
+from seqloom.model import build_model, outline, parallelize, probe, whole_tensors
 from seqloom.plan import ModelShape, Plan, check, without_dropout
 from seqloom.sequence import Batch
 from seqloom.train import apply_gradients, compute_gradients
@@ -36,7 +36,8 @@ class Case:
     accumulate: micro-batches a step. steps: optimizer steps (AdamW, clipped). documents: lengths
     packed into each row. rule: who sees whom inside a document, as `Batch.rule`; its `allowed` must
     be a module-level function, since it travels to processes. dtype: float64, float32 or bf16 (autocast).
-    The configuration's dropouts are set to 0: no reference drops out what a split run does.
+    dropout: what every dropout of the configuration is set to, on both sides; the reference then draws the
+    coins of the split run. None sets them to 0.
     """
 
     config: Mapping[str, Any]
@@ -49,6 +50,7 @@ class Case:
     documents: tuple[int, ...] | None = None
     rule: Mask = Mask()
     dtype: str = "float64"
+    dropout: float | None = None
     seed: int = 0
 
     def check(self) -> None:
@@ -58,6 +60,10 @@ class Case:
         for name in ("batch", "accumulate", "steps", "num_tokens"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.dropout is not None and not 0 < self.dropout < 1:
+            raise ModelError(f"dropout is {self.dropout}; it must be above 0 and below 1, or left out for none.")
+        if self.dropout is not None and not dropouts(self.config):
+            raise ModelError(f"{self.config['model_type']} has no dropout that can be split; leave dropout out.")
         check(self.plan, ModelShape.from_config(self.settings), self.num_tokens)
         blind = self.rule.allowed is not None and not visible(self.batches()[0][0], 0).any(1).all()
         if blind:
@@ -70,8 +76,10 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration without its dropouts."""
-        return without_dropout(self.config)[0]
+        """The configuration with every dropout at `dropout`."""
+        if self.dropout is None:
+            return without_dropout(self.config)[0]
+        return {**self.config, **dict.fromkeys(dropouts(self.config), self.dropout)}
 
     def batches(self) -> list[list[Batch]]:
         """For each step its global micro-batches of random tokens."""
@@ -82,11 +90,15 @@ class Case:
         return [
             [
                 Batch.from_tokens(
-                    torch.randint(vocab, (rows, self.num_tokens), generator=random), documents, rule=self.rule
+                    torch.randint(vocab, (rows, self.num_tokens), generator=random),
+                    documents,
+                    rule=self.rule,
+                    first_row=(step * self.accumulate + micro) * rows,
+                    seed=self.seed,
                 )
-                for _ in range(self.accumulate)
+                for micro in range(self.accumulate)
             ]
-            for _ in range(self.steps)
+            for step in range(self.steps)
         ]
 
     def model(self) -> PreTrainedModel:
@@ -95,13 +107,27 @@ class Case:
         return build_model(self.settings, weights=self.weights, dtype=dtype, seed=self.seed)
 
 
+def dropouts(config: Mapping[str, Any]) -> list[str]:
+    """The settings by which this model drops out, where a split run can: its own and its family's."""
+    family: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
+    asked = {key: 0.5 for key, value in family.items() if isinstance(value, float | int) and _drops(key)}
+    named = [said.partition("=")[0] for said in without_dropout(asked)[1]]
+    return [key for key in named if not ModelShape.from_config({**without_dropout(config)[0], key: 0.5}).unsupported]
+
+
+def _drops(key: str) -> bool:
+    return "dropout" in key or key.endswith("pdrop")
+
+
 def verify(case: Case) -> Verdict:
     """Run `case` on local processes, as many as the plan takes, and compare with one device.
 
     Raises what `Case.check` finds before any process starts.
     """
     case.check()
-    probe(outline(case.settings))  # a model that cannot be built is told in one sentence, not by a process that ends
+    probe(
+        outline(case.settings), case.plan
+    )  # a model that cannot be built is told in one sentence, not by a process that ends
     return run_local(case.plan.world_size, verify_here, case)[0]
 
 
@@ -116,6 +142,8 @@ def verify_here(case: Case) -> Verdict:
         if not verdict.equal:
             verdict = replace(verdict, parting=_parting(case, fabric, run, reference))
     fabric.close()
+    if case.dropout is not None:
+        return replace(verdict, dropouts=tuple(f"{key}={case.dropout}" for key in dropouts(case.config)))
     return replace(verdict, dropouts_off=without_dropout(case.config)[1])
 
 
@@ -166,8 +194,8 @@ def _split(case: Case, fabric: Fabric) -> Trajectory:
         run.losses.append(report.loss)
         run.norms.append(report.gradient_norm)
         if not run.gradients:
-            run.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            run.gradients = {name: g.clone() for name, g in whole_tensors(model, fabric, "gradient").items()}
         with suppress(NumericsError):  # the comparison says where a loss that is no number comes from
             apply_gradients(model, optimizer, report, clip=CLIP)
-    run.parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run.parameters = whole_tensors(model, fabric, "parameter")
     return run

@@ -1,0 +1,153 @@
+"""Where gradients are kept, and their sum over the ranks that hold the same weights."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from seqloom.errors import ModelError
+from seqloom.fabric import Axis, Fabric, Pending, start_all_reduce_
+from seqloom.tensor import local
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients are summed in flat buffers of about this size: few messages, and each on its way while the next fills."""
+
+UNDER_WAY = 2
+"""Buffers on their way at the same time; a third would only hold memory."""
+
+
+def gradient(parameter: Tensor) -> Tensor | None:
+    """The gradient of a parameter: its main gradient where it has one, else `.grad`; None where it has neither."""
+    main: Tensor | None = getattr(parameter, "main_grad", None)
+    return parameter.grad if main is None else main
+
+
+def main_gradients(model: nn.Module) -> None:
+    """From now on add each backward's gradients into `parameter.main_grad`, in float32 or wider, and free `.grad`.
+
+    For parameters of a lower type, whose `.grad` would round every micro-batch's sum to that type. Call it
+    once, after `parallelize`. An optimizer reads `.grad`: see `hand_over`.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_add_to_main)
+
+
+def _add_to_main(parameter: Tensor) -> None:
+    met = parameter.grad
+    if met is None:
+        return
+    main: Tensor | None = getattr(parameter, "main_grad", None)
+    if main is None:
+        parameter.main_grad = met.to(torch.promote_types(met.dtype, torch.float32))  # type: ignore[attr-defined]
+    else:
+        local(main).add_(local(met))
+    parameter.grad = None
+
+
+def hand_over(model: nn.Module) -> None:
+    """Make main gradients the `.grad` that an optimizer reads, each rounded once to its parameter's type."""
+    for parameter in model.parameters():
+        main: Tensor | None = getattr(parameter, "main_grad", None)
+        if main is not None:
+            parameter.grad = main.to(parameter.dtype)
+            parameter.main_grad = None  # type: ignore[attr-defined]
+
+
+def clear_gradients(model: nn.Module) -> None:
+    """Drop every gradient, main ones too."""
+    for parameter in model.parameters():
+        parameter.grad = None
+        if getattr(parameter, "main_grad", None) is not None:
+            parameter.main_grad = None  # type: ignore[attr-defined]
+
+
+def copies(tensor: Tensor, fabric: Fabric) -> int:
+    """How many ranks of the tensor group hold the same element of a parameter or gradient."""
+    if not isinstance(tensor, DTensor):
+        return fabric.tensor.size
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return prod(mesh.size(dim) for dim, placement in enumerate(placements) if not isinstance(placement, Shard))
+
+
+def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
+    """Sum every gradient over all ranks whose tokens it depends on; call it after backward.
+
+    Those are the ranks that hold the same weights, `fabric.replicas`, and the tensor axes over which the
+    activations are split and the parameter is not, which are its attribute `sum_axes`. After it each rank
+    holds its part of the gradient of the global mean loss. Raises ModelError where a trainable parameter
+    has no gradient: the ranks could not tell it from a missing message.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and gradient(parameter) is None:
+            raise ModelError(
+                f"{name} has no gradient: the loss does not depend on it; call requires_grad_(False) on it."
+            )
+    under_way: deque[_Sum] = deque()
+    for parts, axes in _buckets(model, fabric):
+        while len(under_way) >= UNDER_WAY:
+            _settle(under_way)
+        under_way.append(_Sum.start(parts, axes))
+    while under_way:
+        _settle(under_way)
+
+
+@dataclass
+class _Sum:
+    """Gradients on their way as one flat buffer: over one axis now, over `others` next."""
+
+    parts: list[Tensor]
+    others: tuple[Axis, ...]
+    work: Pending
+
+    @classmethod
+    def start(cls, parts: list[Tensor], axes: tuple[Axis, ...]) -> "_Sum":
+        flat = torch.cat([part.flatten() for part in parts])
+        return cls(parts, axes[1:], start_all_reduce_(flat, axes[0]))
+
+
+def _settle(under_way: "deque[_Sum]") -> None:
+    """Wait for the oldest buffer, and send it over its next axis or copy it back."""
+    first = under_way.popleft()
+    flat = first.work.wait()
+    if first.others:
+        under_way.append(_Sum(first.parts, first.others[1:], start_all_reduce_(flat, first.others[0])))
+        return
+    for part, summed in zip(first.parts, flat.split([part.numel() for part in first.parts]), strict=True):
+        part.copy_(summed.view_as(part))
+
+
+def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], tuple[Axis, ...]]]:
+    """The local gradients in groups of one type and the same axes, with the axes to sum them over.
+
+    Sizes are counted in even shares of whole parameters: local ones may differ by rank, and all ranks must
+    come to the same groups in the same order.
+    """
+    filling: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
+    held: dict[tuple[tuple[str, ...], torch.dtype], int] = {}
+    for parameter in model.parameters():
+        found = gradient(parameter) if parameter.requires_grad else None
+        if found is None:
+            continue
+        names = tuple(name for name in getattr(parameter, "sum_axes", ()) if fabric.grid[name].size > 1)
+        if fabric.replicas.size == 1 and not names:
+            continue
+        key = names, found.dtype
+        if held.get(key, 0) > BUCKET_BYTES:
+            yield filling.pop(key), _axes(names, fabric)
+            held[key] = 0
+        filling.setdefault(key, []).append(local(found))
+        held[key] = (
+            held.get(key, 0) + found.numel() * found.element_size() * copies(found, fabric) // fabric.tensor.size
+        )
+    for (names, _), parts in filling.items():
+        yield parts, _axes(names, fabric)
+
+
+def _axes(names: tuple[str, ...], fabric: Fabric) -> tuple[Axis, ...]:
+    axes = (fabric.replicas, *(fabric.grid[name] for name in names))
+    return tuple(axis for axis in axes if axis.size > 1)

@@ -1,0 +1,243 @@
+"""The modules of an unmodified model, split over a tensor grid in place.
+
+What has parameters is one of five things, and anything else is refused: a linear with a direction, a norm, the
+token embedding, a learned position embedding, the head. Between the entry of an attention or MLP and its row-wise
+linear lies the inner side, everywhere else the outer one (`plan.grid`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from seqloom.errors import ModelError
+from seqloom.geometry import HeadSplit
+from seqloom.model.families import COLWISE, ROWWISE, Directions, directions, pattern
+from seqloom.plan import ModelShape, Moves, Side, chunks
+from seqloom.tensor import (
+    ParallelEmbedding,
+    ParallelLayerNorm,
+    ParallelLinear,
+    ParallelRMSNorm,
+    PositionEmbedding,
+    Siblings,
+    TensorGroup,
+    gather_from_sequence_parallel_region,
+    local,
+    split,
+)
+
+
+def split_model(model: PreTrainedModel, group: TensorGroup) -> None:
+    """Replace the modules of `model` by their parts of `group`'s grid; its weights are the same on all ranks.
+
+    Raises ModelError for a module that cannot be split.
+    """
+    _Splitting(model, group).run()
+
+
+class _Splitting:
+    """One model being split."""
+
+    def __init__(self, model: PreTrainedModel, group: TensorGroup) -> None:
+        self.model, self.base, self.group = model, model.base_model, group
+        self.table: Directions = directions(model)
+        shape = ModelShape.from_config(model.config.to_dict())
+        self.heads = HeadSplit(shape.heads, shape.kv_heads, group.grid.heads)
+        self.head_dim = shape.head_dim
+
+    def run(self) -> None:
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        self._put(embedding, self._embedding(embedding, tied))
+        colwise: dict[str, list[ParallelLinear]] = {}
+        for name, module in list(self.base.named_modules()):
+            direction = self.table.linears.get(pattern(name))
+            if direction is not None:
+                linear = self._linear(name, module, direction)
+                self._put(module, linear)
+                if direction == COLWISE:
+                    colwise.setdefault(name.rpartition(".")[0], []).append(linear)
+            elif isinstance(module, nn.Embedding) and module is not embedding:
+                self._put(module, self._positions(name, module))
+        for name, linears in colwise.items():
+            Siblings(self.base.get_submodule(name), linears)
+        self._head(head, tied)
+        self._sides(set(colwise))
+        for name, module in list(self.base.named_modules()):
+            if next(module.parameters(recurse=False), None) is not None and not _is_split(module):
+                self._rest(name, module)
+        self._attention()
+
+    def _put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put `new` in the place of `old`."""
+        name = next(name for name, module in self.model.named_modules() if module is old)
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, new.train(old.training))
+
+    def _linear(self, name: str, module: nn.Module, direction: str) -> ParallelLinear:
+        if type(module) not in (nn.Linear, Conv1D):
+            raise ModelError(
+                f"{name} is {type(module).__name__}, not a plain linear, and cannot be split over tensor ranks; "
+                "merge adapters into it, or use ring, ulysses or data."
+            )
+        transposed = isinstance(module, Conv1D)
+        out, width = reversed(module.weight.shape) if transposed else module.weight.shape
+        # A row-wise linear of 2d moves the smaller operand: its input (again in backward) or its output.
+        moves = self.group.grid.linear(direction, input_stays=2 * out <= (3 if self.group.regather else 2) * width)
+        rows = None
+        if direction == COLWISE and name.rpartition(".")[2] in ("k_proj", "v_proj"):
+            moves, rows = self._kv_rows(moves)
+        parts = self.table.packed.get(pattern(name), 1)
+        return ParallelLinear(
+            self.group,
+            moves,
+            module.weight,
+            module.bias,
+            direction=direction,
+            parts=parts,
+            transposed=transposed,
+            rows=rows,
+        )
+
+    def _kv_rows(self, moves: Moves) -> tuple[Moves, slice | Tensor | None]:
+        """Where key/value heads do not divide: their weights on all ranks of heads, each of which uses some rows."""
+        if self.heads.kv_heads % self.heads.parts == 0:
+            return moves, None
+        shards = {axis: None if dim == 0 else dim for axis, dim in moves.shards.items()}
+        gathered = moves.w if moves.w is not None and moves.w.dim != 0 else None
+        part = self.group.axes[self.group.grid.inner.hidden or ""].rank
+        keys, reads = self.heads.keys(part), self.heads.reads(part)
+        rows: slice | Tensor = slice(keys.start * self.head_dim, keys.stop * self.head_dim)
+        if reads is not None:  # irregular groups: each query head has a key/value head of its own here
+            heads = torch.tensor(reads) + keys.start
+            rows = (heads[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        return Moves(moves.x, gathered, moves.y, shards), rows
+
+    def _embedding(self, module: nn.Module, tied: bool) -> nn.Module:
+        scale = getattr(module, "embed_scale", None)
+        if type(module) is not nn.Embedding and (scale is None or not isinstance(module, nn.Embedding)):
+            raise ModelError(
+                f"The token embedding is {type(module).__name__}, which cannot be split over tensor ranks; "
+                "use ring, ulysses or data."
+            )
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            raise ModelError("A token embedding with max_norm, scale_grad_by_freq or sparse cannot be split.")
+        moves = self.group.grid.embedding(tied=tied)
+        weight = split(module.weight, self.group, moves.shards, self._both)
+        return ParallelEmbedding(
+            self.group,
+            weight,
+            moves,
+            module.num_embeddings,
+            module.embedding_dim,
+            padding_idx=module.padding_idx,
+            scale=scale,
+        )
+
+    @property
+    def _both(self) -> Side:
+        """What a table meets: ids of the outer side's tokens, rows split over the inner side's hidden axis."""
+        grid = self.group.grid
+        return Side((*grid.outer.tokens, *grid.inner.tokens), grid.inner.hidden)
+
+    def _positions(self, name: str, module: nn.Embedding) -> nn.Module:
+        if self.group.grid.kind != "1d":
+            raise ModelError(
+                f"{name} is a learned table of positions, which tensor_kind={self.group.grid.kind} does not split; "
+                "use tensor_kind=1d."
+            )
+        return PositionEmbedding(self.group, split(module.weight, self.group, {}, self.group.grid.outer))
+
+    def _head(self, head: nn.Linear, tied: bool) -> None:
+        new = ParallelLinear(self.group, self.group.grid.linear(COLWISE), head.weight, head.bias, direction=COLWISE)
+        if tied:
+            new.weight = self.model.get_input_embeddings().weight
+        self._put(head, new)
+        axis = self.group.axes[self.group.grid.inner.hidden or ""]
+        new.register_forward_hook(
+            lambda _, __, logits: gather_from_sequence_parallel_region(
+                logits, axis, -1, chunks(new.out_features, axis.size), tensor_parallel_output_grad=False
+            )
+        )
+
+    def _sides(self, entries: set[str]) -> None:
+        """Say of every module on which side its output lies."""
+        for name, module in self.base.named_modules():
+            parent = next((entry for entry in entries if name.startswith(f"{entry}.")), None)
+            after = isinstance(module, ParallelLinear) and module.direction == ROWWISE
+            inner = parent is not None and not after and not isinstance(module, nn.Dropout)
+            module.tensor_side = "inner" if inner else "outer"
+
+    def _rest(self, name: str, module: nn.Module) -> None:
+        """A norm, or what merely needs its parameters as this rank holds them."""
+        side = self.group.grid.inner if module.tensor_side == "inner" else self.group.grid.outer
+        kind = type(module).__name__
+        if isinstance(module, nn.LayerNorm) or kind.endswith("RMSNorm"):
+            if side.hidden is None or module.tensor_side == "inner":  # the inner side's norms are of one head
+                _on_local_parameters(module, self.group, side)
+                return
+            self._put(module, self._norm(name, module, side))
+            return
+        raise ModelError(
+            f"{name} ({kind}) has parameters that no rule splits over tensor ranks; use ring, ulysses or data."
+        )
+
+    def _norm(self, name: str, module: nn.Module, side: Side) -> nn.Module:
+        axis = self.group.axes[side.hidden or ""]
+        held = {
+            key: split(parameter, self.group, {side.hidden or "": 0}, side)
+            for key, parameter in module.named_parameters(recurse=False)
+        }
+        width = module.weight.numel()
+        if isinstance(module, nn.LayerNorm):
+            new: nn.Module = ParallelLayerNorm(held["weight"], held.get("bias"), width, module.eps, axis)
+        elif hasattr(module, "variance_epsilon"):
+            new = ParallelRMSNorm(held["weight"], width, module.variance_epsilon, axis)
+        elif type(module).__name__.startswith("Gemma"):
+            new = ParallelRMSNorm(held["weight"], width, module.eps, axis, zero_centered=True)
+        else:
+            raise ModelError(f"{name} ({type(module).__name__}) is a norm of a form that cannot be split by width.")
+        new.tensor_side = module.tensor_side
+        return new
+
+    def _attention(self) -> None:
+        """Numbers that attention modules keep of their width: of this rank's heads."""
+        for module in self.base.modules():
+            if self.model.config.model_type == "bloom" and hasattr(module, "num_heads"):
+                module.num_heads = self.heads.queries(0).size
+                module.first_head = self.group.axes["tensor"].rank * module.num_heads
+            if self.model.config.model_type == "gpt2" and hasattr(module, "split_size"):
+                module.split_size = self.heads.queries(0).size * self.head_dim
+
+
+def _is_split(module: nn.Module) -> bool:
+    return isinstance(module, ParallelLinear | ParallelEmbedding | PositionEmbedding)
+
+
+def _on_local_parameters(module: nn.Module, group: TensorGroup, side: Side) -> None:
+    """Make the parameters of `module` replicated ones, and its own forward see this rank's copies."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, split(parameter, group, {}, side))
+    original = module.forward
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _local_parameters(self):
+            return original(*args, **kwargs)
+
+    module.forward = MethodType(forward, module)
+
+
+@contextmanager
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    held = dict(module._parameters)
+    module._parameters.update({name: local(p) for name, p in held.items() if p is not None})
+    try:
+        yield
+    finally:
+        module._parameters.update(held)
