@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seqloom.errors import ModelError
-from seqloom.plan import FAMILIES, TINY_SHAPES, ModelShape, Plan, fit, read_config, reasons, shortest
+from seqloom.plan import (
+    FAMILIES,
+    TINY_SHAPES,
+    ModelShape,
+    Plan,
+    fit,
+    read_config,
+    reasons,
+    shortest,
+    without_dropout,
+)
 
 LLAMA = TINY_SHAPES["llama"]
 
@@ -21,9 +31,12 @@ LLAMA = TINY_SHAPES["llama"]
 def test_built_in_shapes_are_what_transformers_would_read(name: str) -> None:
     """Catches a built-in shape that is no valid model of its family, or that is refused."""
     shape = ModelShape.from_config(read_config(name))
-    bloom = name == "bloom"
-    assert (shape.family, shape.heads, shape.kv_heads, shape.head_dim) == (name, 4, 4 if bloom else 2, 8)
+    bloom, own = name == "bloom", name in ("bloom", "gpt2")
+    assert (shape.family, shape.heads, shape.kv_heads, shape.head_dim) == (name, 4, 4 if own else 2, 8)
     assert (shape.vocab, shape.hidden, shape.layers, shape.max_positions) == (96, 32, 2, None if bloom else 256)
+    assert shape.intermediate == (128 if bloom else 48)
+    assert shape.tied == (name in ("qwen2", "gemma2", "gemma3_text", "bloom", "gpt2"))
+    assert without_dropout(read_config(name)) == (read_config(name), ()), "built-in shapes drop nothing"
     assert (shape.windows, shape.unsupported) == (
         (24 if name in ("gemma2", "gemma3_text", "gpt_oss") else None, None),
         (),
@@ -48,7 +61,7 @@ def test_no_such_model(tmp_path: Path) -> None:
     for source in ("lama", str(tmp_path), str(tmp_path / "none.json")):
         with pytest.raises(
             ModelError,
-            match=r"There is no model .*bloom, gemma2, gemma3_text, gpt_oss, llama, mistral, qwen2, qwen3, a config",
+            match=r"There is no model .*bloom, gemma2, gemma3_text, gpt2, gpt_oss, llama, mistral, qwen2, qwen3, a con",
         ):
             read_config(source)
 
@@ -98,9 +111,9 @@ def test_grouped_heads_and_head_width_have_defaults() -> None:
     ("changes", "named"),
     [
         (
-            {"model_type": "gpt2"},
-            "Model family 'gpt2' is not supported yet; "
-            "supported are bloom, gemma2, gemma3_text, gpt_oss, llama, mistral, qwen2, qwen3.",
+            {"model_type": "phi3"},
+            "Model family 'phi3' is not supported yet; "
+            "supported are bloom, gemma2, gemma3_text, gpt2, gpt_oss, llama, mistral, qwen2, qwen3.",
         ),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 asks for soft-capped attention scores"),
         (
@@ -118,6 +131,10 @@ def test_grouped_heads_and_head_width_have_defaults() -> None:
         (
             {**TINY_SHAPES["gpt_oss"], "output_router_logits": True},
             "output_router_logits=True asks for a loss that balances experts",
+        ),
+        (
+            {**TINY_SHAPES["gpt2"], "add_cross_attention": True},
+            "add_cross_attention=True asks for attention to another model's states",
         ),
         (
             {
@@ -148,6 +165,8 @@ def test_what_no_plan_honours_is_refused_by_name(changes: dict[str, Any], named:
     [
         {"attn_logit_softcapping": None, "attention_dropout": 0.1},  # which attention draws from positions
         {**TINY_SHAPES["bloom"], "attention_dropout": 0.1, "hidden_dropout": 0.0},
+        {**TINY_SHAPES["gpt2"], "attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
+        {**TINY_SHAPES["gpt2"], "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
         {"model_type": "gemma2", "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
@@ -224,13 +243,18 @@ def test_the_sizes_are_those_that_transformers_reads() -> None:
         config = {**TINY_SHAPES[family], **sizes}
         for key in ("num_key_value_heads", "head_dim") if sizes else ():
             config.pop(key, None)
-        config |= {"num_key_value_heads": 2} if family not in ("llama", "bloom") and sizes else {}
+        config |= {"num_key_value_heads": 2} if family not in ("llama", "bloom", "gpt2") and sizes else {}
+        for key in ("intermediate_size", "n_inner", "tie_word_embeddings") if sizes else ():
+            config.pop(key, None)
         theirs, ours = AutoConfig.for_model(**config), ModelShape.from_config(config)
         assert (ours.layers, ours.heads) == (theirs.num_hidden_layers, theirs.num_attention_heads)
         assert (ours.hidden, ours.vocab) == (theirs.hidden_size, theirs.vocab_size)
         assert ours.kv_heads == getattr(theirs, "num_key_value_heads", ours.heads)
         assert ours.head_dim == getattr(theirs, "head_dim", None) or ours.hidden // ours.heads
         assert ours.max_positions == getattr(theirs, "max_position_embeddings", None)
+        assert ours.tied == theirs.tie_word_embeddings
+        inside = getattr(theirs, "intermediate_size", None) or getattr(theirs, "n_inner", None)
+        assert ours.intermediate == inside or 4 * theirs.hidden_size
 
 
 def test_bloom_by_its_older_name_for_hidden() -> None:
@@ -240,6 +264,35 @@ def test_bloom_by_its_older_name_for_hidden() -> None:
     assert (shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.max_positions) == (64, 4, 4, 16, None)
     with pytest.raises(ModelError, match="lacks hidden_size; give"):
         ModelShape.from_config({key: value for key, value in config.items() if key != "n_embed"})
+
+
+def test_gpt2_by_its_own_names() -> None:
+    """Catches GPT-2's sizes misread: from general names it does not read, or its own under an alias that it does."""
+    config = {**TINY_SHAPES["gpt2"], "num_key_value_heads": 2, "head_dim": 5, "intermediate_size": 7}
+    shape = ModelShape.from_config(config)
+    assert (shape.kv_heads, shape.head_dim, shape.intermediate, shape.max_positions) == (4, 8, 48, 256)
+    aliased = config | {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3, "n_inner": None}
+    shape = ModelShape.from_config(aliased | {"max_position_embeddings": 512})
+    assert (shape.hidden, shape.heads, shape.layers, shape.intermediate) == (64, 2, 3, 256)
+    assert shape.max_positions == 512
+    with pytest.raises(ModelError, match=r"lacks n_embd, n_positions; give"):
+        ModelShape.from_config({key: value for key, value in config.items() if key not in ("n_embd", "n_positions")})
+    with pytest.raises(ModelError, match="32 hidden channels cannot be cut into 5 heads of gpt2 evenly; use a multi"):
+        ModelShape.from_config(config | {"n_head": 5})
+
+
+def test_dropouts_that_a_configuration_does_not_name() -> None:
+    """Catches GPT-2's three dropouts of 0.1, which hold where nothing is said, left on beside one device without."""
+    config = {key: value for key, value in TINY_SHAPES["gpt2"].items() if not key.endswith("pdrop")}
+    off, said = without_dropout({**config, "resid_pdrop": 0.25, "summary_first_dropout": 0.1})
+    assert said == ("resid_pdrop=0.25", "attn_pdrop=0.1", "embd_pdrop=0.1")
+    theirs = AutoConfig.for_model(**off)
+    assert (theirs.attn_pdrop, theirs.embd_pdrop, theirs.resid_pdrop) == (0.0, 0.0, 0.0)
+    assert off["summary_first_dropout"] == 0.1, "of a head that a language model does not have"
+    for family in FAMILIES:
+        named = {"model_type": family, "architectures": None}
+        silent = AutoConfig.for_model(**without_dropout(named)[0]).to_dict()
+        assert [key for key in silent if "drop" in key and silent[key] and "summary" not in key] == []
 
 
 @pytest.mark.parametrize("types", [[FULL], [FULL, "chunked_attention"], SLIDING, {}, [FULL, 2], []])
@@ -266,16 +319,57 @@ def test_a_grown_shape_fits_its_plan(name: str, ulysses: int, ring: int, more: i
     num_tokens = shortest(plan) + more
     shape = ModelShape.from_config(fit(read_config(name), plan, num_tokens))
     assert reasons(plan, shape, num_tokens) == []
-    group = 1 if name == "bloom" else 2
+    group = 1 if name in ("bloom", "gpt2") else 2
     assert (shape.heads, shape.head_dim) == (group * shape.kv_heads, 8)
     assert shape.hidden == shape.heads * shape.head_dim
     assert shape.max_positions == (None if name == "bloom" else max(256, num_tokens))
     assert shape.heads == max(4, -(-ulysses // group) * group)
 
 
+@pytest.mark.parametrize(
+    ("text", "heads", "kv_heads"),
+    [
+        ("tensor=3", 6, 3),
+        ("tensor=4", 4, 2),
+        ("tensor=5 ulysses=2", 10, 5),
+        ("tensor=4 ulysses=3", 12, 6),
+        ("tensor=6 tensor_kind=2d grid=2x3", 6, 3),
+        ("tensor=6 tensor_kind=2d grid=3x2 ulysses=2 tensor_tokens=ulysses", 12, 6),
+        ("tensor=8 tensor_kind=3d ulysses=4", 8, 4),
+    ],
+)
+def test_heads_grow_to_the_tensor_grid(text: str, heads: int, kv_heads: int) -> None:
+    """Catches heads that a tensor degree does not divide, or too few on each of its ranks for Ulysses."""
+    plan = Plan.parse(text)
+    for family in FAMILIES:
+        shape = ModelShape.from_config(fit(read_config(family), plan, shortest(plan)))
+        own = family in ("bloom", "gpt2")
+        least = next(n for n in range(4, 99) if n % plan.tensor_grid.heads == 0 and n >= heads) if own else heads
+        assert shape.heads == min(heads, least) or own
+        assert shape.hidden == 8 * shape.heads and shape.heads % plan.tensor_grid.heads == 0
+        assert shape.heads // plan.tensor_grid.heads >= plan.attention_ulysses
+        if not own:
+            assert shape.kv_heads == kv_heads
+        if family == "llama":
+            assert reasons(plan, shape, shortest(plan)) == []
+
+
 def test_a_shape_that_fits_stays_as_it_is() -> None:
     """Catches growth without need, which would make small checks slow."""
     assert fit(LLAMA, Plan(ring=4, ulysses=2), 64) == LLAMA
+
+
+def test_gpt2_shaped_by_hand() -> None:
+    """Catches GPT-2's sizes grown under names that it does not read, or positions that stay behind the length."""
+    gpt2 = TINY_SHAPES["gpt2"]
+    assert fit(gpt2, Plan(pipeline=3), 300, heads=6) == gpt2 | {
+        "n_head": 6,
+        "n_embd": 48,
+        "n_layer": 3,
+        "n_positions": 300,
+    }
+    with pytest.raises(ModelError, match="gpt2 has a key/value head for each query head, so it cannot have 2"):
+        fit(gpt2, Plan(), 64, kv_heads=2)
 
 
 def test_bloom_shaped_by_hand() -> None:

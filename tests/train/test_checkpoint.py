@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 from pool import Pool
@@ -55,16 +56,33 @@ def test_resume_reads_the_checkpoint(pool: Pool, finished: Finished, stopped: Pa
     assert all(a["loss"] != b["loss"] for a, b in zip(found[8:], expected[8:], strict=True))
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=2 ring=2"])
-def test_resume_of_other_plans(pool: Pool, finished: Finished, tmp_path: Path, plan: str) -> None:
-    """Catches random state or moments kept for one rank only, and one process that cannot load what it saved."""
+@pytest.mark.parametrize(
+    ("plan", "family"),
+    [
+        ("data=1", "llama"),
+        ("data=2 ring=2", "llama"),
+        ("tensor=2", "gpt2"),  # packed and tied
+        ("tensor=3 sequence_parallel=false data=2", "qwen3"),
+        ("tensor=4 tensor_kind=2d", "llama"),
+    ],
+)
+def test_resume_of_other_plans(pool: Pool, finished: Finished, tmp_path: Path, plan: str, family: str) -> None:
+    """Catches random state, moments or parts of weights kept for one rank only, and one process that cannot load what
+    it saved."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    common = (f"plan={plan}", "train.precision=bf16", "run.save_every=2", "train.warmup_steps=0")
+    heads = ("model.config.num_attention_heads=6",) if family == "qwen3" else ()
+    common = (f"plan={plan}", "train.precision=bf16", "run.save_every=2", "train.warmup_steps=0", *heads)
+    common = (*common, f"model.path={family}")
     run_file(pool, finished.config, *common, f"run.folder={whole}", "train.steps=6")
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "step-000006")
     run_file(pool, finished.config, *common, f"run.folder={parts}", "train.steps=6", resume=True)
     assert metrics(parts) == metrics(whole)
+    weights = "model/model.safetensors"
+    assert (parts / weights).read_bytes() == (whole / weights).read_bytes()
+    assert json.loads((whole / "run.json").read_text())["parameters"] == sum(
+        tensor.numel() for tensor in load_file(whole / weights).values()
+    )
 
 
 def test_finished_run_resumed(pool: Pool, finished: Finished, tmp_path: Path) -> None:
@@ -170,6 +188,7 @@ def test_damage_that_keeps_the_size(pool: Pool, finished: Finished, stopped: Pat
         ("model.config.num_hidden_layers=3", "model.num_hidden_layers was 2 and is 3"),
         ("model.config.hidden_size=64", "model.hidden_size was 32 and is 64"),
         ("plan=ulysses=2", "plan was ring=2 and is ulysses=2"),
+        ("plan=tensor=2 tensor_overlap=none", "plan was ring=2 and is tensor=2 tensor_overlap=none"),
         ("data.seed=9", "data.seed was 0 and is 9"),
         ("data.sequence_length=128", "data.sequence_length was 64 and is 128"),
         ("train.batch=8", "train.batch was 4 and is 8"),

@@ -1,20 +1,24 @@
 """One optimizer step: the same loss, gradients and norm under every plan, and what clipping does to them."""
 
 from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from pool import Pool
 from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric
-from seqloom.model import build_model, parallelize
-from seqloom.plan import Plan, read_config
+from seqloom.model import build_model, main_gradients, parallelize, whole_tensors
+from seqloom.plan import Plan, Side, read_config
 from seqloom.sequence import NO_LABEL, Batch
-from seqloom.train import StepReport, apply_gradients, compute_gradients, computing
+from seqloom.tensor import TensorGroup, split
+from seqloom.train import StepReport, apply_gradients, compute_gradients, computing, step
+from seqloom.train.step import gradient_norm
 from seqloom.verify.lift import Float64Islands
 
 ROWS, TOKENS = 12, 24
@@ -73,8 +77,7 @@ def step_under(plan: Plan, accumulate: int, chunk: int) -> Result:
             report = compute_gradients(
                 model, cut(whole_batch(), accumulate), fabric, precision="float32", chunk_tokens=chunk
             )
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return report.loss, report.gradient_norm, report.label_count, gradients
+    return report.loss, report.gradient_norm, report.label_count, whole_tensors(model, fabric, "gradient")
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,10 @@ def expected() -> Result:
         ("data=2 ring=2", 2, 1024),
         ("ring=2 ulysses=2", 4, 1024),
         ("data=2 ulysses=2", 1, 9),
+        ("tensor=2", 2, 5),
+        ("data=2 tensor=2 sequence_parallel=false", 3, 1024),
+        ("tensor=4 tensor_kind=2d", 1, 7),
+        ("ring=2 tensor=4 tensor_kind=3d grid=2x2x1", 3, 1024),
     ],
 )
 def test_one_objective(pool: Pool, expected: Result, text: str, accumulate: int, chunk: int) -> None:
@@ -122,16 +129,23 @@ def test_ranks_without_labels_are_there() -> None:
     assert halves == [34, 11]
 
 
-def clipped_step(plan: Plan, share: float | None) -> tuple[float, float, float]:
+def flat(model: PreTrainedModel, fabric: Fabric, kind: Any) -> Tensor:
+    return torch.cat([tensor.flatten().clone() for tensor in whole_tensors(model, fabric, kind).values()])
+
+
+def clipped_step(plan: Plan, share: float | None, main: bool = False) -> tuple[float, float, float]:
     """How far a step of rate 1 moves the weights, its direction against the gradient, and the gradient's norm."""
     fabric = Fabric.build(plan)
     model = parallelize(model_of(torch.float64), fabric)
-    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    report = compute_gradients(model, [whole_batch()], fabric, precision="float32", chunk_tokens=64)
-    gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
+    if main:
+        main_gradients(model)
+    before = flat(model, fabric, "parameter")
+    for _ in range(2):  # main gradients of the first call must not stay in those of the second
+        report = compute_gradients(model, cut(whole_batch(), 2), fabric, precision="float32", chunk_tokens=64)
+    gradient = flat(model, fabric, "gradient")
     clip = None if share is None else share * report.gradient_norm
     apply_gradients(model, torch.optim.SGD(model.parameters(), lr=1.0), report, clip=clip)
-    moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
+    moved = before - flat(model, fabric, "parameter")
     aligned = torch.dot(moved, gradient) / moved.norm() / gradient.norm()
     assert report.gradient_norm == pytest.approx(gradient.norm().item(), rel=1e-6)
     return moved.norm().item(), aligned.item(), report.gradient_norm
@@ -139,27 +153,59 @@ def clipped_step(plan: Plan, share: float | None) -> tuple[float, float, float]:
 
 @pytest.mark.parametrize(("share", "moves"), [(None, 1.0), (0.25, 0.25), (4.0, 1.0)])
 def test_clip(pool: Pool, share: float | None, moves: float) -> None:
-    """Catches a clip to the norm of one rank, one that scales small gradients up, and one that turns them."""
-    for text in ("data=1", "data=3"):
+    """Catches a clip to the norm of one rank or of its part, one that scales small gradients up, one that turns them,
+    and main gradients that are clipped or stepped with in part."""
+    for text, main in (("data=1", False), ("data=3", True), ("tensor=2", False), ("tensor=4 tensor_kind=2d", True)):
         plan = Plan.parse(text)
-        for moved, aligned, norm in pool.run(plan.world_size, clipped_step, plan, share):
+        for moved, aligned, norm in pool.run(plan.world_size, clipped_step, plan, share, main):
             assert moved == pytest.approx(moves * norm, rel=1e-4)
             assert aligned == pytest.approx(1.0, abs=1e-12)
+
+
+def norm_of(text: str, shards: dict[str, int | None]) -> tuple[float, float]:
+    """The norm of gradients split, replicated and plain, and of the same whole; pieces smaller than they are."""
+    fabric = Fabric.build(Plan.parse(text))
+    group, model, squares = TensorGroup.of(fabric), nn.ParameterDict(), 0.0
+    torch.manual_seed(2)
+    for number, (shape, held) in enumerate([((7, 5), shards), ((11,), {}), ((1, 1), shards), ((3,), None)]):
+        whole = nn.Parameter(torch.randn(shape))
+        model[str(number)] = whole if held is None else split(whole, group, held, Side((), None))
+        model[str(number)].grad = model[str(number)].detach().clone()
+        squares += float(whole.detach().double().square().sum())
+    with patch.object(step, "PIECE", 4):
+        return gradient_norm(model, fabric), squares**0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "shards"),
+    [
+        ("data=1", {}),
+        ("data=2 tensor=3", {"tensor": 0}),
+        ("tensor=6 tensor_kind=2d grid=3x2", {"row": 1, "col": 0}),
+        ("tensor=8 tensor_kind=2.5d depth=2", {"row": 0, "col": 1}),
+        ("tensor=8 tensor_kind=3d", {"output": 1, "input": 0, "weight": 0}),
+    ],
+)
+def test_the_norm_counts_each_element_once(pool: Pool, text: str, shards: dict[str, int | None]) -> None:
+    """Catches a replicated gradient counted once a rank, a split one counted on one rank alone, and the 48 for 28 that
+    ranks which hold no element of a small parameter have made of it elsewhere."""
+    for found, expected in pool.run(Plan.parse(text).world_size, norm_of, text, shards):
+        assert found == pytest.approx(expected, rel=1e-7)
 
 
 def precise_step(plan: Plan, precision: str) -> tuple[float, Tensor, set[torch.dtype]]:
     fabric = Fabric.build(plan)
     model = parallelize(model_of(torch.float32), fabric)
     report = compute_gradients(model, cut(whole_batch(), 2), fabric, precision=precision, chunk_tokens=16)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return report.loss, gradient, {x.dtype for p in model.parameters() for x in (p, p.grad) if x is not None}
+    dtypes = {x.dtype for p in model.parameters() for x in (p, p.grad) if x is not None}
+    return report.loss, flat(model, fabric, "gradient"), dtypes
 
 
 def test_bf16(pool: Pool) -> None:
     """Catches bf16 that is accepted and ignored, that turns the weights themselves to bf16, or that loses the sum
     over ranks: a split run must lie as near the float32 one as one device does."""
     [(exact, gradient, _)] = pool.run(1, precise_step, Plan(), "float32")
-    for plan in (Plan(), Plan(data=2), Plan(ring=2, ulysses=2)):
+    for plan in (Plan(), Plan(data=2), Plan(ring=2, ulysses=2), Plan(tensor=2), Plan(tensor=4, tensor_kind="2d")):
         for loss, found, dtypes in pool.run(plan.world_size, precise_step, plan, "bf16"):
             assert dtypes == {torch.float32}
             assert loss != exact and loss == pytest.approx(exact, rel=5e-3)

@@ -17,6 +17,7 @@ from seqloom.geometry import Mask
 from seqloom.model import bloom
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import Batch, LocalBatch, shard_batch
+from seqloom.tensor import local
 from seqloom.verify import Case, Parting, Verdict, verify_here
 from seqloom.verify.parting import later_parting
 
@@ -95,6 +96,32 @@ def tensor_doubled(model: Any) -> None:
     model.model.layers[0].self_attn.k_proj.weight.register_hook(lambda grad: 2 * grad)
 
 
+def up(model: Any) -> None:
+    """One row of a column-wise weight, of those that this rank holds."""
+    local(model.model.layers[1].mlp.up_proj.weight)[1] *= 1.1
+
+
+def down(model: Any) -> None:
+    local(model.model.layers[1].mlp.down_proj.weight)[:, 1] *= 1.1
+
+
+def norm(model: Any) -> None:
+    local(model.model.layers[0].post_attention_layernorm.weight)[3] *= 1.1
+
+
+def vocabulary(model: Any) -> None:
+    local(model.model.embed_tokens.weight)[:] *= 1.1
+
+
+def packed(model: Any) -> None:
+    """A part of the keys of GPT-2, of which no rank holds a slice of the packed weight."""
+    local(model.transformer.h[0].attn.c_attn.weight_1)[2] *= 1.1
+
+
+def one_head(model: Any) -> None:
+    local(model.model.layers[1].self_attn.q_norm.weight)[5] *= 1.1
+
+
 def wrong_slopes(rank: int) -> AbstractContextManager[Any]:
     right = bloom.alibi_slopes
 
@@ -149,6 +176,9 @@ def at(module: str, before: str | None, rank: int, position: int, row: int = 0) 
 
 ATTENTION = ("model.layers.0.self_attn", "o_proj")
 
+FIRST_OF_LAST_HALF = int((case("data=1").batches()[0][0].tokens[0] >= 48).nonzero()[0])
+"""The first token of the second half of the vocabulary, which the second of two tensor ranks holds."""
+
 # Zigzag deals a ring of 2 the positions 0-12 and 36-48 to rank 0, 12-36 to rank 1; a ring of 3 16-32 to rank 2.
 FAULTS: dict[str, tuple[Case, Fault, dict[str, Any]]] = {
     "mask of one rank": (case("ring=2"), lambda: masks(1), at(*ATTENTION, 1, 12)),
@@ -189,6 +219,57 @@ FAULTS: dict[str, tuple[Case, Fault, dict[str, Any]]] = {
         case("ring=2", "qwen2"),
         lambda: altered(tensor_doubled, 0),
         {"where": "gradient", "parameter": "model.layers.0.self_attn.k_proj.weight"},
+    ),
+    # A rank of tensor=2 holds the positions 0-24 or 24-48 between its linears, or all; what is summed over
+    # ranks, the first that holds the place is named for. A grid of 2x2 deals the positions to rows as a ring does.
+    "column-wise": (case("tensor=2"), lambda: altered(up, 1), at("model.layers.1.mlp.up_proj", None, 1, 0)),
+    "row-wise": (case("tensor=2"), lambda: altered(down, 1), at("model.layers.1.mlp.down_proj", None, 0, 0)),
+    "norm": (
+        case("tensor=2"),
+        lambda: altered(norm, 1),
+        at("model.layers.0.post_attention_layernorm", None, 1, 24),
+    ),
+    "vocabulary": (
+        case("tensor=2"),
+        lambda: altered(vocabulary, 1),
+        at("model.embed_tokens", None, FIRST_OF_LAST_HALF // 24, FIRST_OF_LAST_HALF),
+    ),
+    "head of tensor rank 2": (
+        case("tensor=3", "qwen3"),
+        lambda: altered(one_head, 2),
+        at("model.layers.1.self_attn.q_norm", None, 2, 0),
+    ),
+    "packed": (case("tensor=2", "gpt2"), lambda: altered(packed, 1), at("transformer.h.0.attn.c_attn", None, 1, 0)),
+    "column-wise, whole tokens": (
+        case("tensor=2 sequence_parallel=false"),
+        lambda: altered(up, 1),
+        at("model.layers.1.mlp.up_proj", None, 1, 0),
+    ),
+    "norm, whole tokens": (
+        case("tensor=2 sequence_parallel=false data=2", batch=2),
+        lambda: altered(norm, 3),
+        at("model.layers.0.post_attention_layernorm", None, 3, 0, row=2),
+    ),
+    "vocabulary, whole tokens": (
+        case("tensor=2 sequence_parallel=false"),
+        lambda: altered(vocabulary, 1),
+        at("model.embed_tokens", None, 0, FIRST_OF_LAST_HALF),
+    ),
+    "column-wise, 2d": (  # its weight is gathered over the rows
+        case("tensor=4 tensor_kind=2d"),
+        lambda: altered(up, 3),
+        at("model.layers.1.mlp.up_proj", None, 1, 0),
+    ),
+    "norm, 2d": (
+        case("tensor=4 tensor_kind=2d"),
+        lambda: altered(norm, 3),
+        at("model.layers.0.post_attention_layernorm", None, 3, 12),
+    ),
+    "mask, 2d": (case("tensor=4 tensor_kind=2d"), lambda: masks(2), at(*ATTENTION, 2, 12)),
+    "norm, 3d": (
+        case("tensor=4 tensor_kind=3d grid=2x2x1"),
+        lambda: altered(norm, 2),
+        at("model.layers.0.post_attention_layernorm", None, 2, 0),
     ),
     "labels": (case("ring=2"), labels_lost, {"where": "loss", "module": None, "parameter": None}),
     "step": (case("ring=2", steps=2), slow_steps, {"where": "step"}),
@@ -247,7 +328,16 @@ def searched(what: Case) -> Parting | None:
 
 
 @pytest.mark.parametrize(
-    ("family", "text"), [("gemma2", "ring=3 layout=striped"), ("bloom", "data=2 ulysses=2"), ("qwen3", "ring=2")]
+    ("family", "text"),
+    [
+        ("gemma2", "ring=3 layout=striped"),
+        ("bloom", "data=2 ulysses=2"),
+        ("qwen3", "ring=2"),
+        ("gpt2", "tensor=3"),
+        ("bloom", "tensor=2 data=2 sequence_parallel=false"),
+        ("gemma2", "tensor=4 tensor_kind=2d"),
+        ("qwen3", "tensor=4 tensor_kind=3d grid=2x2x1 ring=2"),
+    ],
 )
 def test_the_search_finds_nothing_in_equal_runs(pool: Pool, text: str, family: str) -> None:
     """Catches modules that are compared though they hold other tensors: a place would be named in a right model."""

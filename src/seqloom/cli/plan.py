@@ -88,7 +88,8 @@ def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> I
     yield (
         f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(t.outer for t in held)} of "
         f"{num_tokens:,} tokens, and {_spread(split.queries(m).size for split, m in dealt)} of "
-        f"{model.heads} query heads and {_spread(split.keys(m).size for split, m in dealt)} of {model.kv_heads} key/value heads in attention."
+        f"{model.heads} query heads and {_spread(split.keys(m).size for split, m in dealt)} of {model.kv_heads} "
+        "key/value heads in attention."
     )
     if plan.tensor > 1:
         yield _grid(plan, model, held)

@@ -221,16 +221,21 @@ def nearest(
 
     It takes as many processes as there are, or else the largest part of them that divides them.
     Ties keep the kind of tensor axis and the ranks that share its heads, then the data degree, since
-    it changes how many rows a batch needs.
+    it changes how many rows a batch needs, then what attention's axes were with those of a tensor grid.
     """
     heads = plan.tensor_grid.heads
 
-    def distance(other: Plan) -> tuple[float, bool, float, float]:
-        apart = [
-            abs(log2(getattr(other, axis) / getattr(plan, axis))) for axis in ("ring", "ulysses", "tensor", "data")
-        ]
-        kind = other.tensor_kind != plan.tensor_kind
-        return sum(apart), kind, abs(log2(other.tensor_grid.heads / heads)), apart[-1]
+    def apart(other: Plan, *axes: str) -> float:
+        return sum(abs(log2(getattr(other, axis) / getattr(plan, axis))) for axis in axes)
+
+    def distance(other: Plan) -> tuple[float, ...]:
+        return (
+            apart(other, "ring", "ulysses", "tensor", "data"),
+            other.tensor_kind != plan.tensor_kind,
+            abs(log2(other.tensor_grid.heads / heads)),
+            apart(other, "data"),
+            apart(other, "attention_ring", "attention_ulysses"),
+        )
 
     if model.unsupported or (world is not None and not 1 <= world <= MOST):
         return None

@@ -77,6 +77,8 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
         "attn_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "resid_pdrop": 0.0,
+        "bos_token_id": None,  # transformers' default, 50256, is none of these 96 tokens
+        "eos_token_id": None,
         "initializer_range": 0.2,
     },
 }
