@@ -22,7 +22,7 @@ def values(name: str) -> st.SearchStrategy[Any]:
     """Every value a field takes."""
     if get_origin(TYPES[name]) is Literal:
         return st.sampled_from(get_args(TYPES[name]))
-    return st.booleans() if TYPES[name] is bool else st.integers(1, 9)
+    return st.booleans() if TYPES[name] is bool else st.integers(1, 5)
 
 
 @st.composite

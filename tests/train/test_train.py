@@ -91,7 +91,16 @@ def test_model_loads(finished: Finished) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["data=1", "ring=2 ulysses=2", "data=2", "ring=2 layout=striped exchange=gather", "data=2 ulysses=2"]
+    "text",
+    [
+        "data=1",
+        "ring=2 ulysses=2",
+        "data=2",
+        "ring=2 layout=striped exchange=gather",
+        "data=2 ulysses=2",
+        "data=2 tensor=2",
+        "tensor=4 tensor_kind=2d",
+    ],
 )
 def test_plan_does_not_matter(pool: Pool, finished: Finished, tmp_path: Path, text: str) -> None:
     """Catches an order of the data, first weights, a clip or a weight decay that depend on the plan."""
@@ -115,9 +124,11 @@ def test_settings_matter(pool: Pool, finished: Finished, tmp_path: Path, setting
     assert abs(losses[0][-1] - losses[1][-1]) > 1e-3
 
 
-def test_recomputation_changes_nothing(pool: Pool, finished: Finished, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["ring=2", "tensor=2", "tensor=4 tensor_kind=3d grid=2x2x1"])
+def test_recomputation_changes_nothing(pool: Pool, finished: Finished, tmp_path: Path, plan: str) -> None:
     """Catches gradient checkpointing that loses the shard on the way, so that attention goes wrong or hangs."""
-    run_file(pool, finished.config, f"run.folder={tmp_path}", "train.gradient_checkpointing=true", "train.steps=12")
+    asked = (f"plan={plan}", f"run.folder={tmp_path}", "train.gradient_checkpointing=true", "train.steps=12")
+    run_file(pool, finished.config, *asked)
     found, expected = ([line["loss"] for line in metrics(folder)] for folder in (tmp_path, finished.folder))
     assert found == pytest.approx(expected, rel=1e-6)
 
@@ -127,6 +138,7 @@ def test_recomputation_changes_nothing(pool: Pool, finished: Finished, tmp_path:
     [
         (["data.sequence_length=512"], PlanError, "longer than the model's 256 positions"),
         (["plan=ulysses=5"], PlanError, "ulysses=5 is more than the model's 4 query heads"),
+        (["plan=tensor=3"], PlanError, "4 query heads cannot be split evenly over tensor=3"),
         (["plan=data=4"], ConfigError, "leaves 2 sequences for data=4"),
         (["data.files=[nothing/*.txt]"], DataError, "No file matches 'nothing/*.txt'"),
     ],

@@ -183,10 +183,12 @@ def start_sum_parts(whole: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -
 
     def finish() -> None:
         wide = torch.promote_types(mine.dtype, torch.float32)
-        summed = torch.add(arriving[0].to(wide), arriving[1])
+        summed = total if wide == mine.dtype else None
+        summed = torch.add(arriving[0].to(wide), arriving[1], out=summed)
         for part in arriving[2:]:
             summed += part
-        total.copy_(summed)
+        if summed is not total:
+            total.copy_(summed)
 
     trade = start_trade([[part] for part in leaving], [[part] for part in arriving], axis)
     return Pending("reduce-scatter", axis, trade.works, total, leaving, finish)

@@ -132,7 +132,7 @@ def compute(group: TensorGroup, linears: Sequence[ParallelLinear], x: Tensor) ->
     call = Call(collect, tuple(ws), tuple(ys), group.overlap != "none", group.regather)
     run = ring_linear if group.overlap == "ring" and not x.is_meta else parallel_linear
     outs = run(x, weights, call)
-    return [out if bias is None else out + bias.to(dtype) for out, bias in zip(outs, biases, strict=True)]
+    return [out if bias is None else out.add_(bias.to(dtype)) for out, bias in zip(outs, biases, strict=True)]
 
 
 _READS = frozenset(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seqloom.errors import CheckpointError, ConfigError
+from seqloom.model import outline, probe
 from seqloom.plan import ModelShape, check
 from seqloom.train.checkpoint import Progress, newest, read_progress
 from seqloom.train.config import Config
@@ -24,7 +25,7 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
     """Refuse what would fail later, before any process starts and before anything is written.
 
     world: processes there are, where a launcher has started them already.
-    Returns notes for the user. Raises ConfigError, PlanError, DataError, CheckpointError.
+    Returns notes for the user. Raises ConfigError, PlanError, ModelError, DataError, CheckpointError.
     """
     shape = ModelShape.from_config(config.model.settings())
     train, data = config.train, config.plan.data
@@ -35,6 +36,7 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
             f"make train.batch a multiple of {train.accumulate * data}."
         )
     check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
+    probe(outline(config.model.settings()), config.plan)
     find_files(config.data.files)
     load_tokenizer(config.data.tokenizer, model_vocab=shape.vocab)
     folder = config.run.folder

@@ -81,11 +81,16 @@ def coins(model: nn.Module, seed: int, row: int) -> Iterator[None]:
     seed, row: of the batch, and the sequence's number in the run's data.
     """
     mode = _Coins(seed, row)
+
+    def enter(number: int) -> Callable[..., None]:
+        return lambda module, _: mode.inside.append((number, module))
+
+    def leave(*_: Any) -> None:
+        mode.inside.pop()
+
     hooks = []
     for number, (_, module) in enumerate(model.named_modules()):
-        enter = lambda m, _, number=number: mode.inside.append((number, m))  # noqa: E731
-        hooks.append(module.register_forward_pre_hook(enter, prepend=True))
-        hooks.append(module.register_forward_hook(lambda *_: mode.inside.pop() and None))
+        hooks += [module.register_forward_pre_hook(enter(number)), module.register_forward_hook(leave)]
     try:
         with mode:
             yield

@@ -86,9 +86,9 @@ def one_device_logits(model: PreTrainedModel, batch: Batch, row: int, *, precisi
     part = slice(row, row + 1)
     mask = layer_masks(model, batch, row)
     given = {} if model.config.model_type == "bloom" else {"attention_mask": mask}
-    # A row without a number is of a model that does not drop out.
-    row_number = 0 if batch.first_row is None else batch.first_row + row
-    with coins(model, batch.seed, row_number), _bloom_mask(model, mask), computing(precision, model.device):
+    # Rows without a number are of a model that does not drop out.
+    drawn = nullcontext() if batch.first_row is None else coins(model, batch.seed, batch.first_row + row)
+    with drawn, _bloom_mask(model, mask), computing(precision, model.device):
         return model(
             input_ids=batch.tokens[part].to(model.device),
             position_ids=batch.positions()[part].to(model.device),

@@ -36,8 +36,8 @@ class Case:
     accumulate: micro-batches a step. steps: optimizer steps (AdamW, clipped). documents: lengths
     packed into each row. rule: who sees whom inside a document, as `Batch.rule`; its `allowed` must
     be a module-level function, since it travels to processes. dtype: float64, float32 or bf16 (autocast).
-    dropout: what every dropout of the configuration is set to, on both sides; the reference then draws the
-    coins of the split run. None sets them to 0.
+    dropout: what every dropout of the model is set to, on both sides; the reference then drops what the
+    plan's coins say. None sets them to 0.
     """
 
     config: Mapping[str, Any]
@@ -60,11 +60,9 @@ class Case:
         for name in ("batch", "accumulate", "steps", "num_tokens"):
             if getattr(self, name) < 1:
                 raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check(self.plan, ModelShape.from_config(without_dropout(self.config)[0]), self.num_tokens)
         if self.dropout is not None and not 0 < self.dropout < 1:
             raise ModelError(f"dropout is {self.dropout}; it must be above 0 and below 1, or left out for none.")
-        if self.dropout is not None and not dropouts(self.config):
-            raise ModelError(f"{self.config['model_type']} has no dropout that can be split; leave dropout out.")
-        check(self.plan, ModelShape.from_config(self.settings), self.num_tokens)
         blind = self.rule.allowed is not None and not visible(self.batches()[0][0], 0).any(1).all()
         if blind:
             raise DataError(
@@ -76,10 +74,22 @@ class Case:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The configuration with every dropout at `dropout`."""
-        if self.dropout is None:
-            return without_dropout(self.config)[0]
-        return {**self.config, **dict.fromkeys(dropouts(self.config), self.dropout)}
+        """The configuration with its dropouts at `dropout`."""
+        without = without_dropout(self.config)[0]
+        return without if self.dropout is None else {**without, **dict.fromkeys(self.dropouts, self.dropout)}
+
+    @property
+    def dropouts(self) -> tuple[str, ...]:
+        """The settings by which the model's family drops out, those left out that no split run can have."""
+        without = without_dropout(self.config)[0]
+        numbers = {
+            key: value
+            for key, value in AutoConfig.for_model(**without).to_dict().items()
+            if isinstance(value, float | int) and not isinstance(value, bool)
+        }
+        off = without_dropout(dict.fromkeys(numbers, 0.5))[1]  # of all its numbers those that are dropouts
+        keys = (said.partition("=")[0] for said in off)
+        return tuple(key for key in keys if not ModelShape.from_config({**without, key: 0.5}).unsupported)
 
     def batches(self) -> list[list[Batch]]:
         """For each step its global micro-batches of random tokens."""
@@ -107,27 +117,14 @@ class Case:
         return build_model(self.settings, weights=self.weights, dtype=dtype, seed=self.seed)
 
 
-def dropouts(config: Mapping[str, Any]) -> list[str]:
-    """The settings by which this model drops out, where a split run can: its own and its family's."""
-    family: dict[str, Any] = AutoConfig.for_model(**config).to_dict()
-    asked = {key: 0.5 for key, value in family.items() if isinstance(value, float | int) and _drops(key)}
-    named = [said.partition("=")[0] for said in without_dropout(asked)[1]]
-    return [key for key in named if not ModelShape.from_config({**without_dropout(config)[0], key: 0.5}).unsupported]
-
-
-def _drops(key: str) -> bool:
-    return "dropout" in key or key.endswith("pdrop")
-
-
 def verify(case: Case) -> Verdict:
     """Run `case` on local processes, as many as the plan takes, and compare with one device.
 
     Raises what `Case.check` finds before any process starts.
     """
     case.check()
-    probe(
-        outline(case.settings), case.plan
-    )  # a model that cannot be built is told in one sentence, not by a process that ends
+    # A model that cannot be built or split is told in one sentence, not by a process that ends.
+    probe(outline(case.settings), case.plan)
     return run_local(case.plan.world_size, verify_here, case)[0]
 
 
@@ -142,9 +139,9 @@ def verify_here(case: Case) -> Verdict:
         if not verdict.equal:
             verdict = replace(verdict, parting=_parting(case, fabric, run, reference))
     fabric.close()
-    if case.dropout is not None:
-        return replace(verdict, dropouts=tuple(f"{key}={case.dropout}" for key in dropouts(case.config)))
-    return replace(verdict, dropouts_off=without_dropout(case.config)[1])
+    on = {} if case.dropout is None else dict.fromkeys(case.dropouts, f"={case.dropout}")
+    off = [said for said in without_dropout(case.config)[1] if said.partition("=")[0] not in on]
+    return replace(verdict, dropouts=tuple(key + value for key, value in on.items()), dropouts_off=tuple(off))
 
 
 def _parting(case: Case, fabric: Fabric, run: Trajectory, reference: Trajectory) -> Parting:
