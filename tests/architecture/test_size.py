@@ -11,7 +11,8 @@ from architecture.source import PACKAGE, ROOT, Module, example, functions, modul
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-PACKAGE_LINES = 12_000
+PACKAGE_LINES = 14_500
+"""12,000 held attention and its surroundings; the tensor family, in four kinds on whole models, brought 2,500."""
 
 SKIPPED = {".git", ".venv", "runs", "build", "dist", "__pycache__"}
 MACHINE_PATH = re.compile(rf"(?<![\w.~-])/({'|'.join(['work', 'farm', 'root', 'tmp/v'])})(/|\b)")

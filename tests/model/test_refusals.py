@@ -104,19 +104,30 @@ def test_attention_dropout_needs_the_number_of_the_layer(fabric: Fabric) -> None
     model.eval()(**local.inputs, sequence=shard)
 
 
-def test_dropout_modules_are_refused(fabric: Fabric) -> None:
-    """Catches dropout that the configuration does not tell of; p=0 is none."""
+def with_dropout_inside(text: str) -> str:
+    """Parallelize a model that drops out between its linears; what became of that module."""
+    fabric = Fabric.build(Plan.parse(text))
     model = build("llama")
     model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Dropout(0.25))
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.act_fn\.1 drops out with p=0\.25"):
-        parallelize(model, fabric)
-    model.model.layers[1].mlp.act_fn[1].p = 0.0
-    parallelize(model, fabric)
+    try:
+        return type(parallelize(model, fabric).model.layers[1].mlp.act_fn[1]).__name__
+    finally:
+        fabric.close()
+
+
+def test_dropout_modules_are_drawn_alike_or_refused(pool: Pool) -> None:
+    """Catches dropout that the configuration does not tell of, left to torch; and one between split linears."""
+    assert pool.run(2, with_dropout_inside, "ring=2") == ["ParallelDropout"] * 2
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.act_fn\.1 drops out with p=0\.25 between linears"):
+        pool.run(2, with_dropout_inside, "tensor=2")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("tensor=2", "tensor=2 is not supported"), ("ulysses=5", "ulysses=5 is more than the model's 4 query heads")],
+    [
+        ("tensor=3", "4 query heads cannot be split evenly over tensor=3"),
+        ("ulysses=5", "ulysses=5 is more than the model's 4 query heads"),
+    ],
 )
 def test_plans_that_do_not_fit_the_model(pool: Pool, text: str, said: str) -> None:
     """Catches a model left whole, or heads cut in pieces, under a plan that cannot hold for it."""

@@ -1,5 +1,6 @@
 """What whole models over tensor grids send, as the meter counts it, against the formulas: every byte."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from seqloom.fabric import Fabric
 from seqloom.geometry import Layout
 from seqloom.model import parallelize, token_loss
 from seqloom.plan import ModelShape, Plan, fit, read_config
-from seqloom.planner import Place, Tokens, all_reduce_bytes, attention_bytes, places, tensor_bytes
+from seqloom.planner import Place, Tokens, all_reduce_bytes, attention_bytes, model_elements, places, tensor_bytes
 from seqloom.sequence import shard_batch
 
 TOKENS, ROWS, ITEM = 37, 2, 8
@@ -96,3 +97,32 @@ def test_a_layer_sends_what_the_formulas_say(pool: Pool, family: str, text: str,
         assert expected.keys() == sent.keys()
         for axis, count in expected.items():
             assert abs(sent[axis] - count) <= 2, (axis, place)  # sums of thirds, rounded down one by one
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    ["tensor=3", "tensor=4 sequence_parallel=false", "tensor=6 tensor_kind=2d grid=3x2", "tensor=8 tensor_kind=3d"],
+)
+def test_a_model_sends_what_the_formulas_say(pool: Pool, text: str, tied: bool) -> None:
+    """Catches an embedding or head that sends more than a linear would: beside ids, norms and two numbers a token."""
+    plan, changes = Plan.parse(text), {"tie_word_embeddings": tied}
+    grid = plan.tensor_grid
+    model = ModelShape.from_config({**fit(read_config("llama"), plan, TOKENS), **changes})
+    layout = Layout(plan.layout, TOKENS, plan.attention_ring, plan.attention_ulysses)
+    found = pool.run(plan.world_size, sent_by, model.layers, "llama", text, changes)
+    for place in places(plan):
+        tokens = Tokens.of(plan, layout, place)
+        elements = model_elements(plan, model, layout, place, sequences=ROWS)
+        expected = {axis: sum(ways.values()) for axis, ways in elements.items()}
+        expected[grid.inner.hidden or ""] += (grid.heads - 1) * 2 * ROWS * tokens.inner
+        ids = grid.embedding(tied=tied).x
+        if ids is not None:
+            expected[ids.axis] += (grid.axes[ids.axis] - 1) * ROWS * tokens.outer
+        if grid.outer.hidden:
+            norms, parts = 2 * model.layers + 1, grid.axes[grid.outer.hidden]
+            expected[grid.outer.hidden] += Fraction(2 * (parts - 1) * norms * 2 * ROWS * tokens.outer, parts)
+        sent = found[place.rank(plan)]
+        assert {axis: int(ITEM * count) for axis, count in expected.items() if count} == {
+            axis: count for axis, count in sent.items() if axis in grid.axes
+        }

@@ -25,7 +25,17 @@ KEYS = {
     "worst_parameter",
     "equal",
 }
-EXTRAS = {"steps", "tolerance", "parameter_error", "parameters", "num_tokens", "mask", "parting", "dropouts_off"}
+EXTRAS = {
+    "steps",
+    "tolerance",
+    "parameter_error",
+    "parameters",
+    "num_tokens",
+    "mask",
+    "parting",
+    "dropouts",
+    "dropouts_off",
+}
 
 
 def typed(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +83,31 @@ def test_a_run_of_a_configuration_that_drops_out(
     first, *_, last = capsys.readouterr().out.rstrip().splitlines()
     assert "53 tokens, full, window 12, prefix 3, 2 documents, float64: equals one device" in first
     assert last == "Dropout was off on both sides; the model has attention_dropout=0.1."
+    assert call(monkeypatch, "verify", "--model", str(tmp_path), "--dropout", "0.25", *flags, "tensor=2") == 0
+    assert capsys.readouterr().out.endswith("Both sides dropped out alike, with attention_dropout=0.25.\n")
+
+
+TENSOR = [
+    ("llama", "tensor=4"),
+    ("qwen3", "tensor=4 sequence_parallel=false"),
+    ("llama", "tensor=4 tensor_kind=2d"),
+    ("qwen2", "tensor=8 tensor_kind=2.5d depth=2"),
+    ("llama", "tensor=8 tensor_kind=3d"),
+    ("gpt2", "tensor=2 ring=2 data=2"),
+    ("bloom", "tensor=2 ulysses=2"),
+]
+
+
+@pytest.mark.parametrize(("family", "plan"), TENSOR)
+def test_tensor_plans(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pool: Pool, family: str, plan: str
+) -> None:
+    """Catches a plan or a family that works in Python alone, and a built-in shape that does not grow to the grid."""
+    monkeypatch.setattr("seqloom.verify.verify", lambda case: pool.run(case.plan.world_size, verify_here, case)[0])
+    assert call(monkeypatch, "verify", "--model", family, "--plan", plan, "--json") == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert verdict["equal"] is True and verdict["plan"] == str(Plan.parse(plan))
+    assert verdict["worst_gradient_error"] < 1e-11
 
 
 PLACE = Parting(where="activation", module="model.norm", rank=1, row=0, position=7, error=0.5)
@@ -142,6 +177,9 @@ def test_options_reach_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "verify --model bloom --plan ring=64 --full --window 5 --prefix 2 --heads 7"
     assert call(monkeypatch, *line.split()) == 0
     assert asked[3].rule == Mask(causal=False, window=5, prefix=2) and asked[3].config["n_head"] == 7
+    assert [each.dropout for each in asked] == [None] * 4
+    assert call(monkeypatch, "verify", "--model", "gpt2", "--plan", "tensor=3 ring=2", "--dropout", "0.5") == 0
+    assert asked[4].dropout == 0.5 and asked[4].config["n_head"] % 3 == 0
     assert asked[3].num_tokens == 128  # the shortest that gives each rank of a zigzag its two chunks
 
 
@@ -149,14 +187,21 @@ REFUSED = {
     "--model llama --plan ring=2 --seq-len 1": ["1 tokens are too few", "ring=2"],
     "--model llama --plan ring=x": ["ring=x is not a whole number"],
     "--model llama --plan rnig=2": ["'rnig'", "did you mean 'ring'"],
-    "--model lama --plan ring=2": ["no model 'lama'", "bloom, gemma2, gemma3_text, gpt_oss, llama"],
+    "--model lama --plan ring=2": ["no model 'lama'", "bloom, gemma2, gemma3_text, gpt2, gpt_oss, llama"],
     "--model llama --plan ulysses=16 --heads 12": ["12", "ulysses=16", "Try"],
     "--model llama --plan ring=2 --window 0": ["window of 0"],
     "--model llama --plan ring=2 --prefix -1": ["prefix of -1"],
     "--model llama --plan ring=3,inner_ring=2": ["inner_ring=2 does not divide ring=3"],
     "--model llama --plan ring=2,exchange=gather,inner_ring=2": ["inner_ring=2", "exchange=ring"],
     "--model bloom --plan ring=2 --kv-heads 2": ["bloom", "key/value head"],
-    "--model llama --plan tensor=2": ["tensor=2 is not supported yet"],
+    "--model llama --plan pipeline=2": ["pipeline=2 is not supported yet"],
+    "--model llama --plan tensor=3 --heads 4": ["4 query heads", "tensor=3", "1, 2, 4"],
+    "--model llama --plan tensor=6,tensor_kind=2d": ["tensor=6 is no square", "grid=3x2"],
+    "--model llama --plan tensor=4,depth=2": ["depth=2 belongs to tensor_kind=2.5d"],
+    "--model gpt2 --plan tensor=4,tensor_kind=2d": ["gpt2", "tensor_kind=1d"],
+    "--model gpt_oss --plan tensor=2": ["gpt_oss"],
+    "--model llama --plan ring=2 --dropout 1": ["dropout is 1.0"],
+    "--model llama --plan ring=2 --dropout -0.1": ["dropout is -0.1"],
     "--model llama --plan ring=2 --documents 3,x": ["3,x", "60,7,61"],
     "--model llama --plan ring=2 --documents 3,4 --seq-len 8": ["(3, 4) sum to 7", "8 tokens"],
     "--model llama --plan ring=2 --dtype float16": ["float16", "float64, float32, bf16"],
@@ -206,7 +251,7 @@ def test_a_missing_option_is_status_2(monkeypatch: pytest.MonkeyPatch, capsys: p
     ("family", "changes", "said"),
     [
         ("gemma3_text", {"hidden_size": 24, "num_attention_heads": 5, "num_key_value_heads": 5}, "cannot build"),
-        ("bloom", {"hidden_size": 41, "n_head": 5}, "cannot build"),
+        ("bloom", {"hidden_size": 41, "n_head": 5}, "cannot be cut into 5 heads"),
         ("gpt_oss", {"num_experts_per_tok": 9}, "cannot be split"),
     ],
 )

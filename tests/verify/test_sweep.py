@@ -1,11 +1,14 @@
-"""Every plan computes what one device computes: the long table, and a part of it for every day.
+"""Every plan computes what one device computes: the long tables, and a part of them for every day.
 
-The whole table is every data x ring x ulysses in worlds 1, 2, 3, 4, 6 and 8, every layout and exchange, every inner
+The first table is every data x ring x ulysses in worlds 1, 2, 3, 4, 6 and 8, every layout and exchange, every inner
 ring, for five families; each entry runs one and two sequences a data rank of an odd length, whole and packed with
-documents cut at awkward places, under a causal mask and under a full one with a window and a prefix.
+documents cut at awkward places, under a causal mask and under a full one with a window and a prefix. The second is
+every tensor grid of at most 8 ranks, alone and beside data, ring and ulysses, for seven families.
 """
 
+from dataclasses import replace
 from itertools import pairwise, product
+from math import prod
 
 import pytest
 
@@ -65,7 +68,7 @@ WIDE = Mask(causal=False, window=13, prefix=3)
 
 def awkward(num_tokens: int, plan: Plan) -> tuple[int, ...]:
     """Document lengths with cuts beside the borders of shards rather than on them, and single tokens."""
-    local = num_tokens // (plan.ring * plan.ulysses)
+    local = num_tokens // (plan.world_size // plan.data)
     cuts = {1, local - 1, local + 1, num_tokens // 2 + 1, num_tokens - 2, num_tokens - 1} & set(range(1, num_tokens))
     bounds = [0, *sorted(cuts), num_tokens]
     return tuple(stop - start for start, stop in pairwise(bounds))
@@ -85,6 +88,65 @@ def cases(plan: Plan, family: str) -> list[Case]:
             (2, packed, WIDE),
         )
     ]
+
+
+IN_LINE = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "bloom", "gpt2")
+ON_A_GRID = IN_LINE[:5]
+LINES = [
+    Plan(tensor=tensor, sequence_parallel=sequence_parallel, tensor_overlap=overlap, regather=regather)
+    for tensor in (2, 3, 4)
+    for sequence_parallel in (True, False)
+    for overlap, regather in (("backward", True), ("backward", False), ("ring", True), ("none", True))
+]
+SQUARE = {"2d": ("2x2",), "2.5d": ("2x2",), "3d": ("2x2x2",)}
+RECTANGULAR = {"2d": ("3x2", "2x3", "4x2", "2x1", "1x3"), "2.5d": ("2x1", "1x2"), "3d": ("2x2x1", "3x2x1", "1x2x2")}
+GRIDS = [
+    Plan(
+        tensor=prod(map(int, grid.split("x"))) * depth,
+        tensor_kind=kind,
+        depth=depth,
+        grid=grid,
+        tensor_tokens=tokens,
+        regather=regather,
+    )
+    for shapes in (SQUARE, RECTANGULAR)
+    for kind, grids in shapes.items()
+    for grid in grids
+    for depth in ((2,) if kind == "2.5d" else (1,))
+    for tokens, regather in (("ring", True), ("ulysses", False))
+]
+
+
+def beside(plan: Plan) -> list[Plan]:
+    """The plan alone, and with every data x ring x ulysses that makes at most 8 ranks."""
+    room = 8 // plan.tensor
+    return [
+        replace(plan, data=data, ring=ring, ulysses=ulysses)
+        for data, ring, ulysses in product(range(1, room + 1), repeat=3)
+        if data * ring * ulysses <= room
+    ]
+
+
+TENSOR_WHOLE = [
+    (plan, family)
+    for plans, families in ((LINES, IN_LINE), (GRIDS, ON_A_GRID))
+    for alone in plans
+    for plan in beside(alone)
+    for family in families
+]
+
+TENSOR_PART = [
+    ("llama", "tensor=2"),
+    ("qwen3", "tensor=3 sequence_parallel=false"),
+    ("bloom", "tensor=4 tensor_overlap=ring"),
+    ("gpt2", "tensor=2 data=2 ring=2"),
+    ("gemma2", "tensor=2 ulysses=3 regather=false"),
+    ("llama", "tensor=4 tensor_kind=2d"),
+    ("qwen2", "tensor=6 tensor_kind=2d grid=3x2"),
+    ("qwen3", "tensor=4 tensor_kind=2d ring=2"),
+    ("mistral", "tensor=8 tensor_kind=2.5d depth=2 tensor_tokens=ulysses"),
+    ("llama", "tensor=8 tensor_kind=3d"),
+]
 
 
 def verify_each(each: list[Case]) -> list[Verdict]:
@@ -126,6 +188,24 @@ def test_part(pool: Pool, text: str, family: str) -> None:
     assert_equal(pool, [single, packed] if packed.plan.world_size < 8 else [packed])
 
 
+def test_the_tensor_table_is_whole() -> None:
+    """Catches a table that lost grids, and entries that are refused rather than run."""
+    assert len(LINES) == 24 and len(GRIDS) == 26 and {plan.world_size for plan, _ in TENSOR_WHOLE} == {2, 3, 4, 6, 8}
+    assert {Plan.parse(text).world_size for _, text in TENSOR_PART} == {2, 3, 4, 6, 8}
+    assert {Plan.parse(text).tensor_kind for _, text in TENSOR_PART} == {"1d", "2d", "2.5d", "3d"}
+    assert {family for family, _ in TENSOR_PART} == set(IN_LINE)
+    for plan, family in TENSOR_WHOLE:
+        for case in cases(plan, family)[:1]:
+            case.check()
+
+
+@pytest.mark.parametrize(("family", "text"), TENSOR_PART)
+def test_tensor_part(pool: Pool, family: str, text: str) -> None:
+    """Any loss, norm or gradient that depends on the tensor grid."""
+    *_, packed = cases(Plan.parse(text), family)
+    assert_equal(pool, [packed])
+
+
 def several_steps(plan: Plan, family: str) -> list[Case]:
     """Two optimizer steps of two packed micro-batches each."""
     packed = cases(plan, family)[1]
@@ -141,7 +221,9 @@ def several_steps(plan: Plan, family: str) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("text", ["ring=2 ulysses=2", "data=3", "data=2 ring=2 exchange=gather"])
+@pytest.mark.parametrize(
+    "text", ["ring=2 ulysses=2", "data=3", "data=2 ring=2 exchange=gather", "tensor=2", "tensor=4 tensor_kind=2d"]
+)
 def test_part_of_several_steps(pool: Pool, text: str) -> None:
     """A micro-batch weighed by its own labels, gradients kept from the step before, or replicas that drift apart."""
     assert_equal(pool, several_steps(Plan.parse(text), "llama"))
@@ -163,3 +245,10 @@ def test_whole(pool: Pool, plan: Plan, family: str) -> None:
 def test_whole_of_several_steps(pool: Pool, plan: Plan, family: str) -> None:
     """Parameters that part from one device's after two steps of two micro-batches, for every split of every world."""
     assert_equal(pool, several_steps(plan, family))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("plan", "family"), TENSOR_WHOLE, ids=str)
+def test_tensor_whole(pool: Pool, plan: Plan, family: str) -> None:
+    """Any loss, norm or gradient that depends on the tensor grid: the whole table, an entry of 5 cases each."""
+    assert_equal(pool, [*cases(plan, family), *several_steps(plan, family)])

@@ -67,9 +67,7 @@ def attention(  # noqa: PLR0913
         softcap=softcap,
         slopes=None if slopes is None else slopes[here],
         dropout=dropout,
-        dropout_keys=_dropout_keys(sequence, layer, _numbers(heads, sequence, q.shape[1]), q.device)
-        if dropout
-        else None,
+        dropout_keys=_dropout_keys(sequence, layer, heads, q) if dropout else None,
         reads=None
         if reads is None
         else sequence.once(("reads", reads, q.device), lambda: torch.tensor(reads, device=q.device)),
@@ -84,16 +82,13 @@ def attention(  # noqa: PLR0913
         return to_tokens(out, split, sequence.group_tokens, ulysses)
 
 
-def _numbers(heads: Span, sequence: SequenceShard, held: int) -> Span:
-    """The numbers in the whole model of some of the heads that this tensor rank holds."""
-    first = sequence.head_rank * held
-    return Span(first + heads.start, first + heads.stop)
-
-
-def _dropout_keys(sequence: SequenceShard, layer: int | None, heads: Span, device: torch.device) -> Tensor:
+def _dropout_keys(sequence: SequenceShard, layer: int | None, heads: Span, q: Tensor) -> Tensor:
+    """What the coins of this rank's heads, of those in q, are drawn from: their numbers in the whole model."""
     samples = range(sequence.first_row, sequence.first_row + len(sequence.masks))
+    first = sequence.head_rank * q.shape[1]
+    numbers = range(first + heads.start, first + heads.stop)
     return sequence.once(
-        ("dropout", layer, heads, device), lambda: dropout_keys(sequence.seed, samples, layer, range(*heads), device)
+        ("dropout", layer, numbers, q.device), lambda: dropout_keys(sequence.seed, samples, layer, numbers, q.device)
     )
 
 

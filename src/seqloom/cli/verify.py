@@ -111,6 +111,6 @@ def _table(verdict: dict[str, Any]) -> list[str]:
         f"Plan '{verdict['plan']}' on {verdict['world_size']} processes, {verdict['num_tokens']} tokens, "
         f"{mask}{verdict['dtype']}: {outcome} one device (tolerance {verdict['tolerance']:.1e}).",
         *lines,
-        *([f"Both sides dropped out the same, with {on}."] if on else []),
+        *([f"Both sides dropped out alike, with {on}."] if on else []),
         *([f"Dropout was off on both sides; the model has {off}."] if off else []),
     ]

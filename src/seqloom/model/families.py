@@ -16,10 +16,12 @@ class Directions:
     """The split linears of a family, by their names below the base model with `*` for a layer's number.
 
     linears: name to colwise or rowwise. packed: how many linears of equal size a name packs along its output.
+    after: dropouts that follow a row-wise linear inside the module of its column-wise ones.
     """
 
     linears: dict[str, str]
     packed: dict[str, int] = field(default_factory=dict)
+    after: frozenset[str] = frozenset()
 
 
 _OWN = {
@@ -39,6 +41,7 @@ _OWN = {
             "h.*.mlp.c_proj": ROWWISE,
         },
         {"h.*.attn.c_attn": 3},
+        frozenset({"h.*.attn.resid_dropout", "h.*.mlp.dropout"}),
     ),
 }
 """Families for which transformers has no plan."""

@@ -65,17 +65,24 @@ def _bind(group: TensorGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[
 def _draw_dropouts(model: PreTrainedModel, group: TensorGroup) -> None:
     """Replace dropouts of hidden states by ones that every plan draws alike; attention takes over its own.
 
-    Raises ModelError for a dropout that is no module of its own, which torch would draw anew on every rank.
+    Raises ModelError for a dropout that is no module of its own, which torch would draw anew on every rank,
+    and for one between split linears.
     """
-    for number, (name, module) in enumerate(model.named_modules()):
-        if getattr(module, "hidden_dropout", 0.0):  # BLOOM's, a number handed to a function
-            raise ModelError(
-                f"{name} drops out with p={module.hidden_dropout}, which would depend on the plan; set it to 0."
-            )
+    for number, (name, module) in enumerate(list(model.named_modules())):
+        probability = module.p if isinstance(module, nn.Dropout) else getattr(module, "hidden_dropout", 0.0)
         parent, _, child = name.rpartition(".")
-        if isinstance(module, nn.Dropout) and module.p > 0 and child not in ATTENTION_DROPOUTS:
-            drawn = ParallelDropout(module.p, group, side="outer", number=number)
-            setattr(model.get_submodule(parent), child, drawn.train(module.training))
+        if not probability or child in ATTENTION_DROPOUTS:
+            continue
+        if not isinstance(module, nn.Dropout):  # BLOOM's, a number handed to a function
+            raise ModelError(f"{name} drops out with p={probability}, which would depend on the plan; set it to 0.")
+        if getattr(module, "tensor_side", "outer") == "inner":
+            raise ModelError(
+                f"{name} drops out with p={probability} between linears that a tensor grid splits, which is "
+                "not supported; set it to 0."
+            )
+        width = model.config.hidden_size if group.grid.outer.hidden else None
+        drawn = ParallelDropout(module.p, group, "outer", number, width)
+        setattr(model.get_submodule(parent), child, drawn.train(module.training))
 
 
 def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from seqloom.fabric import Fabric
 from seqloom.model.adapter import NAME, attend, register
 from seqloom.model.bloom import reroute
 from seqloom.model.tensor import split_model
-from seqloom.plan import ModelShape, Plan
+from seqloom.plan import Plan
 from seqloom.tensor import TensorGroup
 
 PROBE = "seqloom_probe"
@@ -69,7 +69,7 @@ def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
     # Tokens that no number of heads divides, so that a wrong view does not pass for a right one.
     scattered, gathered = (grid.axes.get(axis or "", 1) for axis in (grid.inner_only, grid.outer_only))
     held = 7 * scattered
-    heads = ModelShape.from_config(model.config.to_dict()).heads // grid.heads
+    heads = model.config.num_attention_heads // grid.heads
     witness = Probe(heads, held * gathered // scattered)
     with torch.device("meta"):
         # In bfloat16, since the grouped product of experts has only that on the meta device.

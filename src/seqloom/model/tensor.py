@@ -171,7 +171,7 @@ class _Splitting:
         for name, module in self.base.named_modules():
             parent = next((entry for entry in entries if name.startswith(f"{entry}.")), None)
             after = isinstance(module, ParallelLinear) and module.direction == ROWWISE
-            inner = parent is not None and not after and not isinstance(module, nn.Dropout)
+            inner = parent is not None and not after and pattern(name) not in self.table.after
             module.tensor_side = "inner" if inner else "outer"
 
     def _rest(self, name: str, module: nn.Module) -> None:
