@@ -28,7 +28,7 @@ FLAGS = {
     "": "--debug --version",
     "train": "config overrides --resume",
     "verify": "--plan --model --seq-len --heads --kv-heads --layers --batch --documents --full --window --prefix "
-    "--steps --accumulate --dtype --json",
+    "--steps --accumulate --dtype --dropout --json",
     "plan": "--check --model --seq-len --world --heads --kv-heads --layers --documents --full --window --prefix "
     "--table",
     "report": "folder",
@@ -166,6 +166,26 @@ VERIFY = ("verify", "--model", "llama")
             ("--plan", "ulysses=8", "--heads", "6", "--kv-heads", "2"),
             "ulysses=8 is more than the model's 6 query heads",
         ),
+        (
+            ("--plan", "tensor=3", "--heads", "4"),
+            "4 query heads cannot be split evenly over tensor=3; use a degree that ",
+        ),
+        (("--plan", "tensor=6 tensor_kind=2d"), "tensor=6 is no square, as tensor_kind=2d takes without a grid; "),
+        (("--plan", "tensor=6 tensor_kind=2d grid=2x2"), "grid=2x2 has 4 ranks, but tensor=6; use tensor=4 or another"),
+        (
+            ("--plan", "tensor=4 depth=2"),
+            "depth=2 belongs to tensor_kind=2.5d, not 1d; leave it out or use tensor_kind",
+        ),
+        (("--plan", "tensor=4 tensor_kind=5d"), "tensor_kind=5d is unknown; it is one of 1d, 2d, 2.5d, 3d."),
+        (
+            ("--plan", "tensor=4 tensor_kind=2d sequence_parallel=false"),
+            "sequence_parallel=false is possible with tensor_kind=1d only; 2d splits tokens always.",
+        ),
+        (
+            ("--plan", "tensor=4 tensor_kind=2d tensor_overlap=ring"),
+            "tensor_overlap=ring cuts the gathers of tensor_kind=1d, not of 2d; leave it out or use 1d.",
+        ),
+        (("--plan", "tensor=8", "--seq-len", "7"), "7 tokens are too few for ring=1 ulysses=1 tensor=8 layout=zigzag"),
         (("--plan", "ring=2", "--dtype", "float8"), "dtype 'float8' is unknown; it is one of float64, float32, bf16."),
         (("--plan", "ring=2", "--steps", "0"), "steps is 0; it must be at least 1."),
         (("--plan", "ring=2", "--batch", "0"), "batch is 0; it must be at least 1."),

@@ -7,8 +7,8 @@ import pytest
 
 from cli.conftest import Cli, refused
 from seqloom.geometry import Layout, Mask
-from seqloom.plan import ModelShape, Plan, read_config
-from seqloom.planner import attention_bytes
+from seqloom.plan import ModelShape, Plan, fit, read_config
+from seqloom.planner import attention_bytes, places, tensor_bytes
 from train.runs import environment
 
 PLAN = ("plan", "--model", "llama", "--seq-len")
@@ -40,7 +40,11 @@ def test_plan_that_is_legal(cli: Cli) -> None:
         (("64", "--check", "ring=2", "--world", "4"), "The plan 'ring=2' takes 2 processes, but there are 4. Try "),
         (("64", "--check", "ulysses=16", "--heads", "12"), "ulysses=16 is more than the model's 12 query heads, and "),
         (("64", "--check", "ring=4 inner_ring=3"), "inner_ring=3 does not divide ring=4; nearest to it do 2 and 4."),
-        (("64", "--check", "tensor=2"), "tensor=2 is not supported yet; the only degree is 1."),
+        (("64", "--check", "pipeline=2"), "pipeline=2 is not supported yet; the only degree is 1."),
+        (
+            ("64", "--check", "tensor=5", "--heads", "12"),
+            "12 query heads cannot be split evenly over tensor=5; use a degree that divides them: 1, 2, 3, 4, 6, 12.",
+        ),
         (("0", "--check", "ring=2"), "A sequence of 0 tokens is empty; the shortest has 1."),
     ],
 )
@@ -48,7 +52,68 @@ def test_plan_that_is_not_legal(cli: Cli, arguments: tuple[str, ...], says: str)
     """Catches a reason that is not told, or is told without the way out."""
     said = refused(cli(*PLAN, *arguments))
     assert said.startswith(says)
-    assert " Try " in said or "nearest" in said or "shortest" in said
+    assert " Try " in said or "nearest" in said or "shortest" in said or "only degree" in said
+
+
+@pytest.mark.parametrize(
+    ("check", "says"),
+    [
+        (
+            "tensor=4 ring=2",
+            [
+                "each holds 128 of 1,024 tokens, and 1 of 4 query heads and 1 of 2 key/value heads in attention.",
+                "Tensor grid tensor 4: in the residual stream 128 tokens and all of 32 channels, inside the MLP 512 "
+                "tokens and 12 of 48 channels.",
+                "along ring, forward and backward, in bf16.",
+                # 10 (t-1)/t N h elements of two bytes
+                "Each process sends 245,760 bytes a layer and sequence along tensor in its linears, forward and ",
+            ],
+        ),
+        (
+            "tensor=6 tensor_kind=2d grid=3x2",
+            [
+                "each holds 341 to 342 of 1,024 tokens, and 2 of 4 query heads and 1 of 2 key/value heads in",
+                "Tensor grid row 3 x col 2: in the residual stream 341 to 342 tokens and 16 of 32 channels, inside the "
+                "MLP 341 to 342 tokens and 24 of 48 channels.",
+                "over the mean: 1.0",
+                "along ring, forward",
+                " along row in its linears, forward and backward, in bf16.",
+                " along col in its linears, forward and backward, in bf16.",
+            ],
+        ),
+        (
+            "tensor=8 tensor_kind=3d tensor_tokens=ulysses",
+            [
+                "each holds 256 of 1,024 tokens, and 1 of 8 query heads and 1 of 4 key/value heads in attention.",
+                "Tensor grid output 2 x input 2 x weight 2: ",
+                "along ulysses, forward",
+                "along output in its linears",
+                "along input in its linears",
+                "along weight in its linears",
+            ],
+        ),
+    ],
+)
+def test_a_tensor_grid_is_told(cli: Cli, check: str, says: list[str]) -> None:
+    """Catches the grid's part of what a plan costs left out, or attention's told for the plan's ring alone."""
+    code, out, err = cli(*PLAN, "1024", "--check", check)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    if "2d" not in check:
+        lines = [line for line in lines if "over the mean" not in line]
+    assert len(lines) == len(says)
+    assert [said for line, said in zip(lines, says, strict=True) if said not in line] == []
+
+
+def test_bytes_of_a_grid_are_those_of_the_planner(cli: Cli) -> None:
+    """Catches the bytes of one rank told as those of all: an awkward length over three rows."""
+    text = "tensor=6 tensor_kind=2d grid=3x2"
+    plan = Plan.parse(text)
+    model = ModelShape.from_config(fit(read_config("llama"), plan, 1003))
+    found = [tensor_bytes(plan, model, 1003, place=place, item_bytes=2)["row"] for place in places(plan)]
+    counts = [sum(ways.values()) for ways in found]
+    _, out, _ = cli(*PLAN, "1003", "--check", text)
+    assert f"sends {min(counts):,} to {max(counts):,} bytes a layer and sequence along row in its linears" in out
 
 
 def test_plan_tells_all_at_once(cli: Cli) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from seqloom.geometry import Mask
 from seqloom.plan import ModelShape, Plan
-from seqloom.planner import all_reduce_bytes, attention_bytes
+from seqloom.planner import all_reduce_bytes, attention_bytes, tensor_bytes
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",
@@ -60,6 +60,12 @@ def write_run(folder: Path, **changes: Any) -> Path:
         accumulate_bytes=max(item, 4),
     )
     sent = {axis: sum(each.values()) * config["num_hidden_layers"] * ran.accumulate for axis, each in layer.items()}
+    if split.tensor > 1:
+        rows = ran.batch // split.data
+        linears = tensor_bytes(split, ModelShape.from_config(config), ran.num_tokens, sequences=rows, item_bytes=item)
+        sent |= {
+            axis: sum(each.values()) * config["num_hidden_layers"] * ran.accumulate for axis, each in linears.items()
+        }
     sent["replicas"] = all_reduce_bytes(parameters * max(item, 4), split.data * split.ring * split.ulysses)
     run = {
         "plan": ran.plan,

@@ -1,6 +1,6 @@
 """The geometry of the pictures: every token once, every rank in its place, every value at its height."""
 
-from math import nan
+from math import nan, prod
 
 import pytest
 
@@ -47,6 +47,55 @@ def test_mesh_numbers_every_rank_once_in_the_plans_order() -> None:
     }
     assert sorted(cell.rank for panel in panels for cell in panel.cells) == list(range(12))
     assert len({cell.style for cell in panels[0].cells}) == 6
+
+
+GRIDS = [
+    "tensor=2",
+    "ring=2 ulysses=2 tensor=3 data=2",
+    "tensor=4 sequence_parallel=false ring=2",
+    "tensor=6 tensor_kind=2d grid=3x2 ring=2",
+    "tensor=6 tensor_kind=2d grid=2x3 ulysses=2 tensor_tokens=ulysses",
+    "tensor=8 tensor_kind=2.5d depth=2 data=2",
+    "tensor=8 tensor_kind=3d ring=2",
+    "tensor=12 tensor_kind=3d grid=2x3x2 layout=striped",
+]
+
+
+@pytest.mark.parametrize("text", GRIDS)
+def test_every_rank_of_a_tensor_grid_is_drawn_once(text: str) -> None:
+    """Catches ranks of a grid left out or drawn twice, and a ring drawn without the token axes that join it."""
+    plan = Plan.parse(text)
+    panels = figures.mesh(plan)
+    assert sorted(cell.rank for panel in panels for cell in panel.cells) == list(range(plan.world_size))
+    assert len(panels) == plan.data * plan.tensor_grid.heads
+    assert len({panel.name for panel in panels}) == len(panels)
+    for panel in panels:
+        assert {(c.ring, c.ulysses) for c in panel.cells} == {
+            (r, u) for r in range(plan.attention_ring) for u in range(plan.attention_ulysses)
+        }
+
+
+def test_the_panels_of_a_grid_by_hand() -> None:
+    """Catches rows taken for columns: on 3 x 2 ranks a ring goes through every second rank."""
+    first, second = figures.mesh(Plan(tensor=6, tensor_kind="2d", grid="3x2"))
+    assert (first.name, [cell.rank for cell in first.cells]) == ("col 0", [0, 2, 4])
+    assert (second.name, [cell.rank for cell in second.cells]) == ("col 1", [1, 3, 5])
+    assert [panel.name for panel in figures.mesh(Plan(tensor=8, tensor_kind="3d"))] == ["input 0", "input 1"]
+    assert [panel.name for panel in figures.mesh(Plan(tensor=2))] == ["tensor 0", "tensor 1"]
+
+
+@pytest.mark.parametrize("text", GRIDS)
+def test_bars_of_a_tensor_grid_cover_the_sequence_once(text: str) -> None:
+    """Catches tokens shown twice because several ranks hold their channels, or left out between linears."""
+    plan = Plan.parse(text)
+    layout = Layout(plan.layout, 97, plan.attention_ring, plan.attention_ulysses)
+    owners = figures.owners_between(layout, plan)
+    held = sorted(token for owner in owners for span in owner.spans for token in range(*span))
+    assert held == list(range(97))
+    grid = plan.tensor_grid
+    over = prod(grid.axes[axis] for axis in grid.outer.tokens)
+    assert len(owners) == plan.ring * plan.ulysses * over
+    assert owners[0].label == "0"
 
 
 def test_work_bars_share_one_scale() -> None:

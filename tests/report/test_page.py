@@ -211,3 +211,41 @@ def test_a_loss_that_is_not_finite_leaves_a_gap(make_run: Any) -> None:
     text = write_report(folder).read_text(encoding="utf-8")
     assert "1 step had a loss that is not finite" in text
     assert not re.search(r'(?:d|x|y|cx|cy|x1|x2|y1|y2)="[^"]*(?:nan|inf)', text)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "tensor=2",
+        "tensor=4 sequence_parallel=false data=2",
+        "tensor=4 ring=2 ulysses=2 tensor_overlap=ring",
+        "tensor=6 tensor_kind=2d grid=2x3 ring=2 layout=striped",
+        "tensor=8 tensor_kind=2.5d depth=2 tensor_tokens=ulysses",
+        "tensor=8 tensor_kind=3d layout=balanced",
+        "tensor=4 tensor_kind=2d exchange=needed",
+        "tensor=4 tensor_kind=2d ring=2 inner_ring=2",
+    ],
+)
+def test_a_page_of_any_tensor_grid(make_run: Any, plan: str) -> None:
+    """Catches a page that breaks, or is silent about, the axes of a tensor grid."""
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4}
+    folder = make_run(plan=plan, batch=2, model=heads, steps=3)
+    words, read = _words(folder), read_folder(folder)
+    grid = read.plan.tensor_grid
+    for axis, size in grid.axes.items():
+        assert f"{axis} = {size}" in words
+        assert f"{axis} {size}" in words or grid.kind == "1d"
+    assert f"tensor {read.plan.tensor}" in words
+    rows = {row.axis: row for row in traffic(read)}
+    assert {axis: rows[axis].degree for axis in grid.axes} == grid.axes
+    assert all(rows[axis].formula is None and "in linears" in rows[axis].how for axis in grid.axes)
+    if read.plan.exchange == "ring" and read.plan.layout != "balanced" and read.plan.inner_ring is None:
+        assert (rows["ring"].differing, rows["ulysses"].differing) == (0, 0)
+
+
+def test_a_sequence_is_split_over_a_tensor_group(make_run: Any) -> None:
+    """Catches a page that says a sequence stays whole where sequence parallelism splits it between linears."""
+    assert "each split over 4 processes as tensor=4" in _words(make_run(plan="tensor=4"))
+    words = _words(make_run(plan="tensor=4 sequence_parallel=false"))
+    assert "spread over 4 processes as tensor=4 sequence_parallel=false" in words and "4,096 on each process" in words
+    assert "each split over 4 processes" in _words(make_run(plan="tensor=8 tensor_kind=2.5d depth=2"))

@@ -230,3 +230,23 @@ def test_elements_of_a_linear(pool: Pool, text: str, depth: int, direction: str,
     for sent in results:
         assert sent["linear"] == expected
         assert sent["depth sum"] == (2 * (depth - 1) / depth * K * N / Q**2 if depth > 1 else 0)
+
+
+def rounded(text: str) -> float:
+    """The error of an MLP's output in bfloat16 against float64, over that of one device in bfloat16."""
+    fabric, _, split, one = pair(text, 64, 256)
+    x = torch.randn(32, 64, dtype=torch.float64)
+    truth = one(x)
+    split, one = split.to(torch.bfloat16), one.to(torch.bfloat16)
+    mine = part(x, split.first.group.grid.outer, fabric.grid).bfloat16()
+    expected = part(truth, split.first.group.grid.outer, fabric.grid)
+    error = (split(mine).double() - expected).norm() / expected.norm()
+    own = (one(x.bfloat16()).double() - truth).norm() / truth.norm()
+    fabric.close()
+    return float(error / own)
+
+
+@pytest.mark.parametrize("text", ["tensor=8", "tensor=8 sequence_parallel=false", "tensor=8 tensor_kind=2d grid=1x8"])
+def test_sums_of_lower_types_are_rounded_once(pool: Pool, text: str) -> None:
+    """Partial sums that are rounded to bfloat16 at every rank: the error grows with the degree."""
+    assert max(pool.run(8, rounded, text)) < 1.5

@@ -46,10 +46,9 @@ def verify(  # noqa: PLR0913, PLR0917
     check(wanted, ModelShape.from_config(without_dropout(settings)[0]), seq_len)
 
     # torch loads only now, so that a plan that cannot run is told at once.
-    from seqloom.fabric.launch import distributed, speaks, under_torchrun
+    from seqloom.fabric.launch import speaks
     from seqloom.model import weights_folder
-    from seqloom.verify import Case, verify_here
-    from seqloom.verify import verify as run
+    from seqloom.verify import Case
 
     case = Case(
         config=settings,
@@ -64,15 +63,22 @@ def verify(  # noqa: PLR0913, PLR0917
         dtype=dtype,
         dropout=dropout,
     )
-    if under_torchrun():
-        with distributed():
-            verdict = verify_here(case)
-    else:
-        verdict = run(case)
+    verdict = _judged(case)
     if speaks():
         typer.echo(_said(verdict, case, as_json))
     if not verdict.equal:
         raise typer.Exit(1)
+
+
+def _judged(case: "Case") -> "Verdict":
+    """The verdict on a case, by the processes torchrun started or by some of its own."""
+    from seqloom.fabric.launch import distributed, under_torchrun
+    from seqloom.verify import verify, verify_here
+
+    if under_torchrun():
+        with distributed():
+            return verify_here(case)
+    return verify(case)
 
 
 def _said(verdict: "Verdict", case: "Case", as_json: bool) -> str:

@@ -13,6 +13,7 @@ from seqloom.fabric.collectives import (
     start_collect,
     start_reduce_scatter,
     start_shift,
+    start_sum_,
     start_sum_parts,
     start_trade,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "start_collect",
     "start_reduce_scatter",
     "start_shift",
+    "start_sum_",
     "start_sum_parts",
     "start_trade",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from seqloom.errors import CommunicationError
 from seqloom.fabric.mesh import Axis
+from seqloom.geometry import even_bounds
 
 # torch 2.13 renamed these two; 2.11 has the older names only.
 _all_gather_single = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -192,6 +194,30 @@ def start_sum_parts(whole: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -
 
     trade = start_trade([[part] for part in leaving], [[part] for part in arriving], axis)
     return Pending("reduce-scatter", axis, trade.works, total, leaving, finish)
+
+
+def start_sum_(whole: Tensor, axis: Axis) -> Pending:
+    """Begin summing `whole` over ranks, to all of them: an all-reduce, which may overwrite `whole`.
+
+    Backends sum lower types in those types, hop by hop; here they are summed in float32 and rounded once, at
+    the same bytes. Meta tensors travel nowhere.
+    """
+    if axis.size == 1 or whole.is_meta:
+        return Pending("all-reduce", axis, [], whole)
+    if torch.finfo(whole.dtype).bits >= torch.finfo(torch.float32).bits:
+        return start_all_reduce_(whole.contiguous(), axis)
+    bounds = even_bounds(whole.numel(), axis.size)
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    pending = start_sum_parts(whole.flatten(), axis, 0, sizes)
+    summed = pending.finish
+
+    def finish() -> None:
+        if summed is not None:
+            summed()
+        pending.arriving = whole.copy_(start_collect(pending.arriving, axis, 0, sizes).wait().view(whole.shape))
+
+    pending.finish = finish
+    return pending
 
 
 _REDUCTIONS = {"sum": distributed.ReduceOp.SUM, "max": distributed.ReduceOp.MAX, "min": distributed.ReduceOp.MIN}

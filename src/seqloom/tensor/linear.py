@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqloom.fabric import Pending, start_all_reduce_, start_collect, start_sum_parts
+from seqloom.fabric import Pending, start_collect, start_sum_, start_sum_parts
 from seqloom.tensor.group import Transfer
 
 
@@ -63,13 +63,11 @@ def start_gather(x: Tensor, move: Transfer | None) -> Pending | Here:
 def start_scatter(x: Tensor, move: Transfer | None) -> Pending | Here:
     """Begin summing x over the ranks of a move, to all of them where it is whole, else each to its part.
 
-    x itself is overwritten where it is whole.
+    x may be overwritten where it is whole.
     """
     if move is None:
         return Here(x)
-    if move.dim is None:
-        return Here(x) if x.is_meta else start_all_reduce_(x.contiguous(), move.axis)
-    return start_sum_parts(x, move.axis, move.dim, move.sizes)
+    return start_sum_(x, move.axis) if move.dim is None else start_sum_parts(x, move.axis, move.dim, move.sizes)
 
 
 def computed_in(x: Tensor) -> torch.dtype:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqloom.errors import DataError
-from seqloom.fabric import Axis, all_reduce_, start_collect, start_sum_parts
+from seqloom.fabric import Axis, start_collect, start_sum_, start_sum_parts
 from seqloom.geometry import even_bounds
 
 
@@ -46,14 +46,7 @@ def _reduce_scatter(x: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Te
 
 
 def _sum(x: Tensor, axis: Axis) -> Tensor:
-    """The sum of x over ranks, the same on all of them."""
-    if x.is_meta:
-        return torch.empty_like(x)
-    if x.dtype.itemsize >= torch.float32.itemsize:
-        return all_reduce_(x.clone(memory_format=torch.contiguous_format), axis)
-    # Backends sum lower types in those types, hop by hop. In two halves it is as many bytes, and float32 between.
-    sizes = _even(x.numel(), axis.size)
-    return _gather(_reduce_scatter(x.flatten(), axis, 0, sizes), axis, 0, sizes).view(x.shape)
+    return start_sum_(x.clone(memory_format=torch.contiguous_format), axis).wait()
 
 
 class _Scatter(torch.autograd.Function):
