@@ -5,9 +5,6 @@ token embedding, a learned position embedding, the head. Between the entry of an
 linear lies the inner side, everywhere else the outer one (`plan.grid`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
@@ -161,8 +158,8 @@ class _Splitting:
         self._put(head, new)
         axis = self.group.axes[self.group.grid.inner.hidden or ""]
         new.register_forward_hook(
-            lambda _, __, logits: gather_from_sequence_parallel_region(
-                logits, axis, -1, chunks(new.out_features, axis.size), tensor_parallel_output_grad=False
+            lambda head, _, logits: gather_from_sequence_parallel_region(
+                logits, axis, -1, chunks(head.out_features, axis.size), tensor_parallel_output_grad=False
             )
         )
 
@@ -224,20 +221,14 @@ def _on_local_parameters(module: nn.Module, group: TensorGroup, side: Side) -> N
     """Make the parameters of `module` replicated ones, and its own forward see this rank's copies."""
     for name, parameter in list(module.named_parameters(recurse=False)):
         setattr(module, name, split(parameter, group, {}, side))
-    original = module.forward
+    held: list[dict[str, Any]] = []
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _local_parameters(self):
-            return original(*args, **kwargs)
+    def enter(module: nn.Module, _: Any) -> None:
+        held.append(dict(module._parameters))
+        module._parameters.update({name: local(p) for name, p in module._parameters.items() if p is not None})
 
-    module.forward = MethodType(forward, module)
+    def leave(module: nn.Module, *_: Any) -> None:
+        module._parameters.update(held.pop())
 
-
-@contextmanager
-def _local_parameters(module: nn.Module) -> Iterator[None]:
-    held = dict(module._parameters)
-    module._parameters.update({name: local(p) for name, p in held.items() if p is not None})
-    try:
-        yield
-    finally:
-        module._parameters.update(held)
+    module.register_forward_pre_hook(enter)
+    module.register_forward_hook(leave, always_call=True)

@@ -1,9 +1,9 @@
 """Whole tensors by the names of the Hugging Face model, whatever a plan has split or taken apart."""
 
+import weakref
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -64,14 +64,15 @@ def save_whole(fabric: Fabric, model: PreTrainedModel, save_directory: str | Pat
     if fabric.replicas.rank == 0 and fabric.pipeline.rank == 0:
         state = _whole_state(model, fabric)
         if fabric.rank == 0:
-            type(model).save_pretrained(model, save_directory, state_dict=state, **asked)
+            model.__class__.save_pretrained(model, save_directory, state_dict=state, **asked)
     barrier(fabric.world)
 
 
 def install_save(model: PreTrainedModel, fabric: Fabric) -> None:
     """Make this instance's `save_pretrained` write ordinary weights, where a plan splits its parameters."""
     if fabric.tensor.size > 1:
-        model.save_pretrained = MethodType(partial(save_whole, fabric), model)  # type: ignore[method-assign]
+        # Weak: a model that holds itself would keep its process groups until the next collection.
+        model.save_pretrained = partial(save_whole, fabric, weakref.proxy(model))  # type: ignore[method-assign]
 
 
 def _whole_state(model: nn.Module, fabric: Fabric) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The one linear as a module, alone or among siblings that read the same input."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,9 @@ class ParallelLinear(nn.Module):
         """
         super().__init__()
         self.group, self.moves, self.direction, self.rows = group, moves, direction, rows
-        self.transposed, self.siblings = transposed, None
+        self.transposed = transposed
+        # Weak: a model in no cycle ends when it is let go, and with it the process groups that it holds.
+        self.siblings: weakref.ref[Siblings] | None = None
         out_dim = 1 if transposed else 0
         self.in_features, self.out_features = weight.shape[1 - out_dim], weight.shape[out_dim] // parts
         grid = group.grid
@@ -84,7 +87,8 @@ class ParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's part of the output for its part of the input; among siblings, what was made at their entry."""
-        outs = self.siblings.take(self) if self.siblings is not None else None
+        siblings = self.siblings() if self.siblings is not None else None
+        outs = siblings.take(self) if siblings is not None else None
         if outs is None:
             outs = compute(self.group, [self], x)
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
@@ -175,7 +179,7 @@ class Siblings:
         self.linears = list(linears)
         self.made: dict[ParallelLinear, list[Tensor]] = {}
         for linear in self.linears:
-            linear.siblings = self
+            linear.siblings = weakref.ref(self)
         module.register_forward_pre_hook(self._enter, with_kwargs=True)
         module.register_forward_hook(self._leave, always_call=True)
 

@@ -16,26 +16,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_GOLDEN, _FIRST, _SECOND = (numpy.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _mix(x: Any) -> Any:
-    x = (x ^ (x >> numpy.uint64(30))) * _FIRST
-    x = (x ^ (x >> numpy.uint64(27))) * _SECOND
-    return x ^ (x >> numpy.uint64(31))
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
+    return x ^ (x >> np.uint64(31))
 
 
 def stays(p: float, seed: int, *numbers: Any) -> Tensor:
     """bool: whether what these numbers name stays; numbers: integers or arrays of them, which broadcast."""
-    key = _mix(numpy.array([seed % 2**64], numpy.uint64) + _GOLDEN)
+    key = _mix(np.array([seed % 2**64], np.uint64) + _GOLDEN)
     for number in numbers:
-        key = _mix(key + numpy.asarray(number, numpy.int64).astype(numpy.uint64) * _GOLDEN)
-    return torch.from_numpy((key >> numpy.uint64(11)) >= numpy.uint64(int(p * 2**53)))
+        key = _mix(key + np.asarray(number, np.int64).astype(np.uint64) * _GOLDEN)
+    return torch.from_numpy((key >> np.uint64(11)) >= np.uint64(int(p * 2**53)))
 
 
 class _Coins(TorchFunctionMode):
@@ -65,11 +65,11 @@ class _Coins(TorchFunctionMode):
             layer = next(
                 m.layer_idx for _, m in reversed(self.inside) if isinstance(getattr(m, "layer_idx", None), int)
             )
-            heads, queries, keys = (numpy.arange(size) for size in x.shape[1:])
+            heads, queries, keys = (np.arange(size) for size in x.shape[1:])
             kept = stays(p, self.seed, self.row, layer, heads[:, None, None], queries[:, None], keys)
         else:  # activations [1, tokens, channels]
             number, _ = self.inside[-1]
-            tokens, channels = (numpy.arange(size) for size in x.shape[1:])
+            tokens, channels = (np.arange(size) for size in x.shape[1:])
             kept = stays(p, self.seed, self.row, -1 - number, tokens[:, None], channels)
         return x * kept.to(x.device) / (1 - p)
 
