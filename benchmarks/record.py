@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
-PACKAGES = ("seqloom", "torch", "transformers", "deepspeed", "flash-attn")
+PACKAGES = ("seqloom", "torch", "transformers", "deepspeed", "megatron-core", "flash-attn")
 BUSY = 0.05
 """The share of the processors that other programs may take before a machine counts as busy."""
 

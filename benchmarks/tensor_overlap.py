@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -73,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 class Event:
     """Something this rank did or waited for: seconds of the clock that all processes share.
 
-    kind: `compute`, `transfer` or `wait`. first_byte: when a transfer's first bytes had arrived.
+    kind: `compute`, `post`, `transfer` or `wait`. Of a transfer first_byte: when the first of it had arrived;
+    arrived_by: when a wait for it ended, which a look may come after.
     """
 
     kind: str
@@ -81,6 +83,7 @@ class Event:
     start: float
     stop: float
     first_byte: float | None = None
+    arrived_by: float = inf
     num_bytes: int = 0
 
     @property
@@ -105,9 +108,10 @@ class _Watched:
     def ended(self) -> bool:
         """Whether all has arrived; notes when, and when the first of it had."""
         empty = [np.isnan(flat[places]) for flat, places in zip(self.flat, self.places, strict=True)]
-        self.event.stop = time.perf_counter()
+        now = min(time.perf_counter(), self.event.arrived_by)
         if self.event.first_byte is None and not all(block.all() for block in empty):
-            self.event.first_byte = self.event.stop
+            self.event.first_byte = now
+        self.event.stop = now
         return not any(block.any() for block in empty)
 
 
@@ -122,7 +126,8 @@ class Tracer:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._moving = ""
-        self._posted_ones: SimpleQueue[_Watched | None] = SimpleQueue()
+        self._by_works: dict[int, Event] = {}
+        self._watching: SimpleQueue[_Watched | None] = SimpleQueue()
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -141,15 +146,15 @@ class Tracer:
                 stack.enter_context(patch.object(home, name, function))
             watcher.start()
             stack.callback(watcher.join)
-            stack.callback(self._posted_ones.put, None)
+            stack.callback(self._watching.put, None)
             yield
 
     def _watch(self) -> None:
         under_way: list[_Watched] = []
         going_on = True
         while going_on or under_way:
-            while not self._posted_ones.empty() or not (under_way or not going_on):
-                one = self._posted_ones.get()
+            while (going_on and not under_way) or not self._watching.empty():
+                one = self._watching.get()
                 going_on = going_on and one is not None
                 under_way += [one] if one is not None else []
             under_way = [one for one in under_way if not one.ended()]
@@ -165,7 +170,13 @@ class Tracer:
         return lambda *args: self._timed("compute", name, lambda: function(*args))
 
     def _waited(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda pending: self._timed("wait", f"wait for {pending.what}", lambda: function(pending))
+        def wait(pending: Pending) -> Any:
+            arrived = self._timed("wait", f"wait for {pending.what}", lambda: function(pending))
+            if event := self._by_works.get(id(pending.works)):
+                event.arrived_by = self.events[-1].stop
+            return arrived
+
+        return wait
 
     def _moved(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
         def start(x: Tensor, move: Any) -> Any:
@@ -175,16 +186,17 @@ class Tracer:
         return start
 
     def _posted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def start(leaving: Any, arriving: Mapping[int, Sequence[Tensor]], *rest: Any) -> Any:
+        def start(leaving: Any, arriving: Mapping[int, Sequence[Tensor]], *rest: Any, **named: Any) -> Any:
             blocks = [block for given in arriving.values() for block in given if block.numel()]
             for block in blocks:
                 block.fill_(float("nan"))
-            event = Event("transfer", self._moving, time.perf_counter(), 0.0)
+            works = self._timed("post", f"post {self._moving}", lambda: function(leaving, arriving, *rest, **named))
+            event = Event("transfer", self._moving, self.events[-1].start, inf)
             event.num_bytes = sum(block.nbytes for block in blocks)
-            made = function(leaving, arriving, *rest)
             self.events.append(event)
-            self._posted_ones.put(_Watched(event, blocks))
-            return made
+            self._by_works[id(works)] = event
+            self._watching.put(_Watched(event, blocks))
+            return works
 
         return start
 

@@ -235,10 +235,10 @@ def test_a_model_that_reads_the_gathered_input_is_refused() -> None:
 
 def test_a_placeholder_has_a_shape_and_no_contents() -> None:
     """A stand-in whose contents can be read: rubbish would flow on without a word."""
-    stands = Placeholder.like(torch.randn(2, 5, 8), 10, 16)
+    stands = Placeholder.like(torch.randn(2, 5, 8), 10, 16, "MLP")
     assert stands.shape == (2, 10, 16) and stands.size(1) == 10 and stands.dim() == 3
     for use in (lambda: stands + 1, lambda: stands.view(-1), lambda: nn.functional.silu(stands), stands.sum):
-        with pytest.raises(ModelError, match="reads its input itself"):
+        with pytest.raises(ModelError, match="MLP, whose linears are split, reads its input itself"):
             use()
 
 

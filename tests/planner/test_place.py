@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from seqloom.fabric import Fabric
 from seqloom.geometry import Layout, total
 from seqloom.plan import Plan, shortest
-from seqloom.planner import Place, Tokens, inner_spans, outer_spans, places
+from seqloom.planner import Place, Tokens, inner_spans, outer_spans, places, tokens_held
 from seqloom.sequence.tokens import split_tokens
 
 PLANS = [
@@ -31,7 +31,7 @@ def test_places_are_those_of_the_fabric(text: str, more: int) -> None:
     """Catches a rank counted on the wrong axis, and tokens predicted for another rank than the one that holds them."""
     plan = Plan.parse(text)
     layout = Layout(plan.layout, shortest(plan) + more, plan.attention_ring, plan.attention_ulysses)
-    found = list(places(plan))
+    found, held = list(places(plan)), []
     assert sorted(place.rank(plan) for place in found) == list(range(plan.world_size // plan.data))
     for place in found:
         fabric = Fabric.sketch(plan, place.rank(plan, data=plan.data - 1))
@@ -40,7 +40,10 @@ def test_places_are_those_of_the_fabric(text: str, more: int) -> None:
         assert {name: axis.rank for name, axis in fabric.grid.items()} == place.on_grid(plan)
         split, tokens = split_tokens(layout, fabric), Tokens.of(plan, layout, place)
         assert (split.outer, split.inner) == (outer_spans(plan, layout, place), inner_spans(layout, place))
+        held.append(tokens)
         assert tokens == Tokens(total(split.outer), total(split.inner), split.sizes)
+
+    assert tokens_held(plan, layout) == ({tokens.outer for tokens in held}, {tokens.inner for tokens in held})
 
 
 @pytest.mark.parametrize("text", PLANS)

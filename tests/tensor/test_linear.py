@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from close import assert_close
 from pool import Pool
+from seqloom.errors import DataError
 from seqloom.fabric import Axis, Fabric, all_reduce_
 from seqloom.plan import Plan, Side, chunks
 from seqloom.tensor import ParallelDropout, ParallelLinear, Siblings, TensorGroup, whole
@@ -250,3 +251,57 @@ def rounded(text: str) -> float:
 def test_sums_of_lower_types_are_rounded_once(pool: Pool, text: str) -> None:
     """Partial sums that are rounded to bfloat16 at every rank: the error grows with the degree."""
     assert max(pool.run(8, rounded, text)) < 1.5
+
+
+def frozen(text: str) -> dict[str, int]:
+    """Bytes sent in backward by an MLP whose linears are frozen, or whose input is."""
+    fabric, group, split, _ = pair(text, 22, 46)
+    sent = {}
+    for what in ("weights", "input", "nothing"):
+        split.requires_grad_(what != "weights")
+        x = part(torch.randn(12, 22, dtype=torch.float64), group.grid.outer, fabric.grid).clone()
+        out = split(x.requires_grad_(what != "input"))
+        fabric.meter.reset()
+        out.sum().backward()
+        sent[what] = sum(fabric.meter.sent.values())
+    fabric.close()
+    return sent
+
+
+@pytest.mark.parametrize(
+    "text", ["tensor=3", "tensor=3 tensor_overlap=ring", "tensor=4 tensor_kind=2d", "tensor=8 tensor_kind=3d"]
+)
+def test_what_is_frozen_sends_less(pool: Pool, text: str) -> None:
+    """A gather begun for a gradient that nobody asks for, and never waited for."""
+    for sent in pool.run(world_of(text), frozen, text):
+        assert 0 < sent["weights"] < sent["nothing"] and 0 < sent["input"] < sent["nothing"]
+
+
+def few(text: str) -> list[tuple[Tensor, Tensor]]:
+    """An MLP over fewer tokens than ranks."""
+    return both(text, (1, 22), 46, 0.0)[0]
+
+
+@pytest.mark.parametrize(
+    "text", ["tensor=3 sequence_parallel=false tensor_overlap=ring", "tensor=4 sequence_parallel=false"]
+)
+def test_fewer_tokens_than_ranks(pool: Pool, text: str) -> None:
+    """A ring step between two ranks without a token, which has nothing to send."""
+    for pairs in pool.run(world_of(text), few, text):
+        for found, expected in pairs:
+            assert_close(found, expected, tolerance=1e-12, ranks=world_of(text))
+
+
+def uneven(text: str) -> None:
+    """A linear by itself whose tokens do not divide."""
+    fabric, _, split, _ = pair(text, 22, 46)
+    try:
+        split.second(torch.randn(5, 23, dtype=torch.float64))
+    finally:
+        fabric.close()
+
+
+def test_uneven_tokens_of_a_lone_linear_are_refused(pool: Pool) -> None:
+    """Ranks that would disagree about sizes, and hang."""
+    with pytest.raises(DataError, match="5 tokens cannot be split evenly over 2 ranks of tensor"):
+        pool.run(2, uneven, "tensor=2")

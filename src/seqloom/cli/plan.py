@@ -11,7 +11,6 @@ from seqloom.errors import ConfigError
 if TYPE_CHECKING:
     from seqloom.geometry import Layout, Mask
     from seqloom.plan import ModelShape, Plan
-    from seqloom.planner import Tokens
 
 MOST_RANKS = 64
 """The bytes of more ranks than this are not counted one by one."""
@@ -76,29 +75,29 @@ def plan(  # noqa: PLR0913, PLR0917
 def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> Iterator[str]:
     """What each process holds, works and sends, in sentences."""
     from seqloom.geometry import HeadSplit, Layout
-    from seqloom.planner import Tokens, local_heads, places
+    from seqloom.planner import local_heads, tokens_held
 
     masks = tuple(mask.within(window) for window in model.windows)
     layout = Layout(plan.layout, num_tokens, plan.attention_ring, plan.attention_ulysses, masks)
-    held = [Tokens.of(plan, layout, place) for place in places(plan)]
+    outer, inner = tokens_held(plan, layout)
     splits = [
         HeadSplit(*local_heads(plan, model, rank), plan.attention_ulysses) for rank in range(plan.tensor_grid.heads)
     ]
     dealt = list(product(splits, range(plan.attention_ulysses)))
     yield (
-        f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(t.outer for t in held)} of "
+        f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(outer)} of "
         f"{num_tokens:,} tokens, and {_spread(split.queries(m).size for split, m in dealt)} of "
         f"{model.heads} query heads and {_spread(split.keys(m).size for split, m in dealt)} of {model.kv_heads} "
         "key/value heads in attention."
     )
     if plan.tensor > 1:
-        yield _grid(plan, model, held)
+        yield _grid(plan, model, _spread(outer), _spread(inner))
     if plan.attention_ring > 1:
         yield f"Attention work of the busiest ring rank over the mean: {_compared(layout, masks)}."
     yield from _sent(plan, model, num_tokens, layout, masks)
 
 
-def _grid(plan: "Plan", model: "ModelShape", held: "list[Tokens]") -> str:
+def _grid(plan: "Plan", model: "ModelShape", outer: str, inner: str) -> str:
     """What a rank of the tensor grid holds of the activations on both sides."""
     from seqloom.plan import chunks
 
@@ -110,8 +109,8 @@ def _grid(plan: "Plan", model: "ModelShape", held: "list[Tokens]") -> str:
         return f"{parts} of {channels:,} channels"
 
     return (
-        f"Tensor grid {axes}: in the residual stream {_spread(t.outer for t in held)} tokens and "
-        f"{width(grid.outer.hidden, model.hidden)}, inside the MLP {_spread(t.inner for t in held)} tokens and "
+        f"Tensor grid {axes}: in the residual stream {outer} tokens and "
+        f"{width(grid.outer.hidden, model.hidden)}, inside the MLP {inner} tokens and "
         f"{width(grid.inner.hidden, model.intermediate)}."
     )
 

@@ -89,16 +89,15 @@ def _start_messages(
     leaving: Mapping[int, Sequence[Tensor]], arriving: Mapping[int, Sequence[Tensor]], axis: Axis, tag: int
 ) -> list[Any]:
     """Post every message; tensor number i of a pair of ranks has tag + i, and empty ones are not sent."""
-    return distributed.batch_isend_irecv(
-        [
-            distributed.P2POp(op, tensor, group=axis.group, tag=tag + number, group_peer=peer)
-            # The receives are posted first: gloo turns a two-way pair half-duplex in the other order.
-            for op, messages in ((distributed.irecv, arriving), (distributed.isend, leaving))
-            for peer, tensors in messages.items()
-            for number, tensor in enumerate(tensors)
-            if tensor.numel()
-        ]
-    )
+    messages = [
+        distributed.P2POp(op, tensor, group=axis.group, tag=tag + number, group_peer=peer)
+        # The receives are posted first: gloo turns a two-way pair half-duplex in the other order.
+        for op, posted in ((distributed.irecv, arriving), (distributed.isend, leaving))
+        for peer, tensors in posted.items()
+        for number, tensor in enumerate(tensors)
+        if tensor.numel()
+    ]
+    return distributed.batch_isend_irecv(messages) if messages else []
 
 
 def start_all_gather(block: Tensor, axis: Axis) -> Pending:

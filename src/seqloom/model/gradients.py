@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from seqloom.errors import ModelError
-from seqloom.fabric import Axis, Fabric, Pending, start_all_reduce_
+from seqloom.fabric import Axis, Fabric, Pending, start_sum_
 from seqloom.tensor import local
 
 BUCKET_BYTES = 32 * 2**20
@@ -107,7 +107,7 @@ class _Sum:
     @classmethod
     def start(cls, parts: list[Tensor], axes: tuple[Axis, ...]) -> "_Sum":
         flat = torch.cat([part.flatten() for part in parts])
-        return cls(parts, axes[1:], start_all_reduce_(flat, axes[0]))
+        return cls(parts, axes[1:], start_sum_(flat, axes[0]))
 
 
 def _settle(under_way: "deque[_Sum]") -> None:
@@ -115,7 +115,7 @@ def _settle(under_way: "deque[_Sum]") -> None:
     first = under_way.popleft()
     flat = first.work.wait()
     if first.others:
-        under_way.append(_Sum(first.parts, first.others[1:], start_all_reduce_(flat, first.others[0])))
+        under_way.append(_Sum(first.parts, first.others[1:], start_sum_(flat, first.others[0])))
         return
     for part, summed in zip(first.parts, flat.split([part.numel() for part in first.parts]), strict=True):
         part.copy_(summed.view_as(part))
@@ -133,6 +133,11 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
         found = gradient(parameter) if parameter.requires_grad else None
         if found is None:
             continue
+        if isinstance(parameter, DTensor) and not hasattr(parameter, "sum_axes"):
+            raise ModelError(
+                "A split parameter was converted after parallelize (model.to, .float, ...), which forgets over which ranks "
+                "its gradient is summed; convert the model before parallelize."
+            )
         names = tuple(name for name in getattr(parameter, "sum_axes", ()) if fabric.grid[name].size > 1)
         if fabric.replicas.size == 1 and not names:
             continue

@@ -26,8 +26,9 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_dropout")
 def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     """Make `model` compute its part of every sequence, as the fabric's plan says; returns the same model.
 
-    The weights become those of rank 0 everywhere and move to the fabric's device. From then on it
-    is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`, and without labels: see
+    The weights become those of rank 0 everywhere and move to the fabric's device. Under tensor plans each
+    rank keeps its part of them as new parameters: make optimizers and hooks, and convert types, around this
+    call accordingly (convert before it, make optimizers after it). From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`, and without labels: see
     `token_loss`. Raises PlanError when the plan does not fit the model, ModelError when the model has
     what cannot be split exactly.
     """
@@ -46,12 +47,17 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
         part.register_forward_pre_hook(_refuse_what_is_whole, with_kwargs=True)
     for part in (model.base_model, *layers(model)):
         part.register_forward_pre_hook(partial(_bind, group), with_kwargs=True)
-    model.to(fabric.device)
+    if fabric.plan.tensor == 1:
+        model.to(fabric.device)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast_(tensor, fabric.world)
     if fabric.plan.tensor > 1:
         split_model(model, group)
+        for module in model.modules():  # Module.to would swap the parameters, and forget what is said of them
+            module._buffers.update(
+                {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
+            )
         install_save(model, fabric)
     _draw_dropouts(model, group)
     return model

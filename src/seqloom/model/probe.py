@@ -82,7 +82,7 @@ def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
             tokens = torch.zeros(1, held, dtype=torch.int64)
             twin(input_ids=tokens, position_ids=positions, use_cache=False, sequence=witness)
             problem = witness.wrong
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
             problem = f"failed: {str(error).splitlines()[0]}"
     layers = model.config.num_hidden_layers
     if problem and plan.tensor > 1:

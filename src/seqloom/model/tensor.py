@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from seqloom.errors import ModelError
 from seqloom.geometry import HeadSplit
 from seqloom.model.families import COLWISE, ROWWISE, Directions, directions, pattern
-from seqloom.plan import ModelShape, Moves, Side, chunks
+from seqloom.plan import ModelShape, Moves, Side, chunks, input_stays
 from seqloom.tensor import (
     ParallelEmbedding,
     ParallelLayerNorm,
@@ -85,8 +85,7 @@ class _Splitting:
             )
         transposed = isinstance(module, Conv1D)
         out, width = reversed(module.weight.shape) if transposed else module.weight.shape
-        # A row-wise linear of 2d moves the smaller operand: its input (again in backward) or its output.
-        moves = self.group.grid.linear(direction, input_stays=2 * out <= (3 if self.group.regather else 2) * width)
+        moves = self.group.grid.linear(direction, input_stays=input_stays(width, out, regather=self.group.regather))
         rows = None
         if direction == COLWISE and name.rpartition(".")[2] in ("k_proj", "v_proj"):
             moves, rows = self._kv_rows(moves)
@@ -123,10 +122,9 @@ class _Splitting:
                 f"The token embedding is {type(module).__name__}, which cannot be split over tensor ranks; "
                 "use ring, ulysses or data."
             )
-        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-            raise ModelError("A token embedding with max_norm, scale_grad_by_freq or sparse cannot be split.")
+        _refuse_options("The token embedding", module)
         moves = self.group.grid.embedding(tied=tied)
-        weight = split(module.weight, self.group, moves.shards, self._both)
+        weight = split(module.weight, self.group, moves.shards, self.group.grid.both)
         return ParallelEmbedding(
             self.group,
             weight,
@@ -137,19 +135,15 @@ class _Splitting:
             scale=scale,
         )
 
-    @property
-    def _both(self) -> Side:
-        """What a table meets: ids of the outer side's tokens, rows split over the inner side's hidden axis."""
-        grid = self.group.grid
-        return Side((*grid.outer.tokens, *grid.inner.tokens), grid.inner.hidden)
-
     def _positions(self, name: str, module: nn.Embedding) -> nn.Module:
         if self.group.grid.kind != "1d":
             raise ModelError(
                 f"{name} is a learned table of positions, which tensor_kind={self.group.grid.kind} does not split; "
                 "use tensor_kind=1d."
             )
-        return PositionEmbedding(self.group, split(module.weight, self.group, {}, self.group.grid.outer))
+        _refuse_options(name, module)
+        weight = split(module.weight, self.group, {}, self.group.grid.outer)
+        return PositionEmbedding(self.group, weight, module.padding_idx)
 
     def _head(self, head: nn.Linear, tied: bool) -> None:
         new = ParallelLinear(self.group, self.group.grid.linear(COLWISE), head.weight, head.bias, direction=COLWISE)
@@ -211,6 +205,11 @@ class _Splitting:
                 module.first_head = self.group.axes["tensor"].rank * module.num_heads
             if self.model.config.model_type == "gpt2" and hasattr(module, "split_size"):
                 module.split_size = self.heads.queries(0).size * self.head_dim
+
+
+def _refuse_options(name: str, module: nn.Embedding) -> None:
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise ModelError(f"{name} has max_norm, scale_grad_by_freq or sparse, with which no table can be split.")
 
 
 def _is_split(module: nn.Module) -> bool:

@@ -104,6 +104,11 @@ class Grid:
         return Side(("output", "weight"), "input") if self.kind == "3d" else Side(self._rows, "col")
 
     @property
+    def both(self) -> Side:
+        """What a weight meets: tokens of either side; its rows lie on the inner one's hidden axis."""
+        return Side(tuple(dict.fromkeys((*self.outer.tokens, *self.inner.tokens))), self.inner.hidden)
+
+    @property
     def _rows(self) -> tuple[str, ...]:
         return ("depth", "row") if self.kind == "2.5d" else ("row",)
 

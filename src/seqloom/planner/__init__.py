@@ -1,6 +1,6 @@
 """What a plan costs, from formulas, and who holds what under it; no torch."""
 
-from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places
+from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places, tokens_held
 from seqloom.planner.tensor_traffic import (
     Linear,
     layer_elements,
@@ -26,4 +26,5 @@ __all__ = [
     "outer_spans",
     "places",
     "tensor_bytes",
+    "tokens_held",
 ]

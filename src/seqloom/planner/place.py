@@ -119,3 +119,26 @@ class Tokens:
             held = outer if axis in grid.outer.tokens else inner
             sizes[axis] = tuple(held(place.moved(plan, axis, rank)) for rank in range(grid.axes[axis]))
         return cls(outer(place), inner(place), sizes)
+
+
+def tokens_held(plan: Plan, layout: Layout) -> tuple[frozenset[int], frozenset[int]]:
+    """How many tokens ranks hold on the outer side and on the inner: all the numbers that occur.
+
+    >>> tokens_held(Plan(tensor=4), Layout("zigzag", 10))
+    (frozenset({2, 3}), frozenset({10}))
+    """
+    grid, inner = plan.tensor_grid, dict[tuple[int, int], int]()
+    for ring, spans in enumerate(layout.ring_spans):
+        bounds = even_bounds(total(spans), layout.ulysses)
+        inner |= {(ring, member): bounds[member + 1] - bounds[member] for member in range(layout.ulysses)}
+    together = set(inner.values())
+    if grid.inner_only is not None:
+        sharing = range(grid.axes[grid.inner_only])
+        together = {
+            sum(inner[each.ring, each.ulysses] for each in (place.moved(plan, grid.inner_only, o) for o in sharing))
+            for place in (Place(*at) for at in inner)
+            if place.on_grid(plan)[grid.inner_only] == 0
+        }
+    parts = grid.axes[grid.outer_only] if grid.outer_only is not None else 1
+    outer = {count for each in together for count in (each // parts, -(-each // parts))}
+    return frozenset(outer), frozenset(inner.values())

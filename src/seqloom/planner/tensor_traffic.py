@@ -241,7 +241,9 @@ def tensor_bytes(
     """Bytes one rank sends in the linears of a decoder layer, as {axis of the grid: {"forward": ..., "backward": ...}}.
 
     num_tokens: length of a global sequence. layout: who holds which tokens, by default the plan's for one
-    causal document. item_bytes: size of an element; activations, weights and gradients travel alike.
+    causal document. item_bytes: size of an element; activations, weights and gradients travel alike. Where
+    activations are summed whole in a type below float32, in parts that do not divide, a rank sends up to
+    so many elements more or less as there are ranks.
     """
     layout = layout or Layout(plan.layout, num_tokens, plan.attention_ring, plan.attention_ulysses)
     elements = layer_elements(plan, model, layout, place or Place(), sequences=sequences)

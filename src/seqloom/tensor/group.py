@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from seqloom.errors import DataError
 from seqloom.fabric import Axis, Fabric
 from seqloom.plan import Grid, Move, Moves, chunks
 from seqloom.sequence import SequenceShard
@@ -40,13 +42,14 @@ class TensorGroup:
     mesh: DeviceMesh | None
     overlap: str = "backward"
     regather: bool = True
+    device: torch.device = torch.device("cpu")
     shard: SequenceShard | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, fabric: Fabric) -> "TensorGroup":
         """The tensor group of a fabric."""
         plan = fabric.plan
-        return cls(plan.tensor_grid, fabric.grid, fabric.mesh, plan.tensor_overlap, plan.regather)
+        return cls(plan.tensor_grid, fabric.grid, fabric.mesh, plan.tensor_overlap, plan.regather, fabric.device)
 
     def collecting(self, move: Move | None, x: Tensor, width: int) -> Transfer | None:
         """The gathering of activations `x` [..., tokens, hidden]; width: of the whole hidden dim.
@@ -56,7 +59,16 @@ class TensorGroup:
         return self._activations(move, width, (x.shape[TOKENS],) * self.axes[move.axis].size if move else ())
 
     def scattering(self, move: Move | None, num_tokens: int, width: int) -> Transfer | None:
-        """The summing and scattering of activations of so many tokens and of `width` over the whole hidden dim."""
+        """The summing and scattering of activations of so many tokens and of `width` over the whole hidden dim.
+
+        Raises DataError where no shard says how tokens are split and they do not divide.
+        """
+        uneven = self.shard is None and move is not None and move.dim == "tokens"
+        if uneven and move is not None and num_tokens % self.axes[move.axis].size:
+            raise DataError(
+                f"{num_tokens} tokens cannot be split evenly over {self.axes[move.axis].size} ranks of {move.axis}, "
+                "as a module used by itself splits them; give a number that divides, or run the whole model."
+            )
         return self._activations(move, width, chunks(num_tokens, self.axes[move.axis].size) if move else ())
 
     def _activations(self, move: Move | None, width: int, even: tuple[int, ...]) -> Transfer | None:
@@ -67,7 +79,7 @@ class TensorGroup:
             return Transfer(axis, None)
         if move.dim == "hidden":
             return Transfer(axis, HIDDEN, chunks(width, axis.size))
-        return Transfer(axis, TOKENS, self.shard.tokens.sizes[move.axis] if self.shard else even)
+        return Transfer(axis, TOKENS, self.shard.tokens.sizes[move.axis] if self.shard and self.shard.tokens else even)
 
     def weight(self, moves: Moves, shape: Sequence[int]) -> Transfer | None:
         """The gathering of a weight of this whole shape [out, in]."""

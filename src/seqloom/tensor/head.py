@@ -5,9 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from seqloom.plan import chunks
-from seqloom.tensor.group import TOKENS
-from seqloom.tensor.linear import computed_in, gather
+from seqloom.tensor.group import TOKENS, Transfer
+from seqloom.tensor.linear import computed_in
 from seqloom.tensor.modules import ParallelLinear
+from seqloom.tensor.regions import copy_to_tensor_region, gather_from_sequence_parallel_region
 
 
 def split_head(head: ParallelLinear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
@@ -31,4 +32,12 @@ def split_head(head: ParallelLinear, hidden: Tensor) -> tuple[Tensor, Tensor, Te
     if scatter is not None:
         split["scatter"] = (scatter.axis, scatter.sizes)
     move = group.weight(head.moves, (head.out_features, head.in_features))
-    return gather(hidden, collect), gather(weight, move), bias, split
+    return _gathered(hidden, collect), _gathered(weight, move), bias, split
+
+
+def _gathered(x: Tensor, move: Transfer | None) -> Tensor:
+    if move is None:
+        return x
+    if move.dim is None:
+        return copy_to_tensor_region(x, move.axis)
+    return gather_from_sequence_parallel_region(x, move.axis, move.dim, move.sizes)

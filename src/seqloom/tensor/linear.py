@@ -96,19 +96,22 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
+        _, wants_x, *wants = ctx.needs_input_grad
+        saved_x, *saved = ctx.saved_tensors
         outs = [start_gather(grad, move) for grad, move in zip(grads, call.ys, strict=True)]
-        x, *weights = (
-            start_gather(saved, move if call.regather else None)
-            for saved, move in zip(ctx.saved_tensors, (call.x, *call.ws), strict=True)
+        # What is gathered again, and only where somebody asks for it: a transfer that is begun must be waited for.
+        again = call.regather
+        x = start_gather(saved_x, call.x if again else None) if any(wants) else None
+        weights = (
+            [start_gather(w, m if again else None) for w, m in zip(saved, call.ws, strict=True)] if wants_x else []
         )
         grads = tuple(out.wait() for out in outs)
-        _, wants_x, *wants = ctx.needs_input_grad
         dx: Pending | Here | None = None
         if wants_x:
             dx = start_scatter(products(grads, [w.wait() for w in weights]), call.x)
             if not call.overlap:
                 dx = Here(dx.wait())
-        whole = x.wait() if any(wants) else None
+        whole = x.wait() if x is not None else None
         dws = [
             start_scatter(weight_gradient(grad, whole), move) if wanted and whole is not None else None
             for grad, move, wanted in zip(grads, call.ws, wants, strict=True)
@@ -136,22 +139,3 @@ def parallel_linear(x: Tensor, weights: Sequence[Tensor], call: Call) -> tuple[T
     Forward: gather x and w, multiply, reduce-scatter y. Backward: as the table above says.
     """
     return _Linear.apply(call, x, *weights)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, move: Transfer) -> Tensor:
-        ctx.move = move
-        gathered = start_gather(x, move).wait()
-        return gathered.view_as(gathered) if gathered is x else gathered
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].clone() if ctx.move.dim is None else grads[0]
-        return start_scatter(grad, ctx.move).wait(), None
-
-
-def gather(x: Tensor, move: Transfer | None) -> Tensor:
-    """A linear's gathering by itself. Forward: all-gather (a whole: nothing). Backward: reduce-scatter (all-reduce)."""
-    return x if move is None else _Gather.apply(x, move)

@@ -50,14 +50,10 @@ class ParallelLinear(nn.Module):
         out_dim = 1 if transposed else 0
         self.in_features, self.out_features = weight.shape[1 - out_dim], weight.shape[out_dim] // parts
         grid = group.grid
-        inner = direction == "colwise"
         self.names = [""] if parts == 1 else [f"_{number}" for number in range(parts)]
         self.packed: dict[str, tuple[tuple[str, ...], int]] = {}
         shards = {axis: dim if dim is None or not transposed else 1 - dim for axis, dim in moves.shards.items()}
-        target = grid.inner if inner else grid.outer
-        # A weight meets its outputs' side with the rows, its inputs' with the columns; where one of them splits
-        # tokens, its gradient is a part of the sum.
-        meets = type(target)((*grid.outer.tokens, *grid.inner.tokens), grid.inner.hidden)
+        target = grid.inner if direction == "colwise" else grid.outer
         for name, tensor, dim in (("weight", weight, out_dim), ("bias", bias, 0)):
             if tensor is None:
                 self.bias = None
@@ -65,7 +61,7 @@ class ParallelLinear(nn.Module):
             if parts > 1:
                 self.packed[name] = tuple(f"{name}{suffix}" for suffix in self.names), dim
             held = shards if name == "weight" else self._bias_shards(target.hidden)
-            side = meets if name == "weight" else target
+            side = grid.both if name == "weight" else target
             for suffix, part in zip(self.names, tensor.chunk(parts, dim), strict=True):
                 self.register_parameter(f"{name}{suffix}", split(part, group, held, side))
 
@@ -151,10 +147,14 @@ class Placeholder(torch.Tensor):
     contents: whatever else is done with it raises ModelError.
     """
 
+    owner = "A module"
+
     @classmethod
-    def like(cls, x: Tensor, tokens: int, width: int) -> "Placeholder":
-        """For x [..., tokens, hidden part], with `tokens` and the whole `width`."""
-        return x.new_empty(()).expand(*x.shape[:TOKENS], tokens, width).as_subclass(cls)
+    def like(cls, x: Tensor, tokens: int, width: int, owner: str) -> "Placeholder":
+        """For x [..., tokens, hidden part], with `tokens` and the whole `width`; owner: the module that gets it."""
+        stands = x.new_empty(()).expand(*x.shape[:TOKENS], tokens, width).as_subclass(cls)
+        stands.owner = owner
+        return stands
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,8 +162,9 @@ class Placeholder(torch.Tensor):
         if func in _READS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        owner = next((x.owner for x in (*args, *(kwargs or {}).values()) if isinstance(x, Placeholder)), cls.owner)
         raise ModelError(
-            f"A module whose linears are split reads its input itself ({getattr(func, '__name__', func)}), not only "
+            f"{owner}, whose linears are split, reads its input itself ({getattr(func, '__name__', func)}), not only "
             "through its projections; the model cannot be split over tensor ranks. Use ring or ulysses."
         )
 
@@ -187,12 +188,12 @@ class Siblings:
         """What was made for a linear, once."""
         return self.made.pop(linear, None)
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = args[0] if args else kwargs["hidden_states"]
         first = self.linears[0]
         outs = iter(compute(first.group, self.linears, x))
         self.made = {linear: [next(outs) for _ in linear.names] for linear in self.linears}
-        stands = Placeholder.like(x, self.made[first][0].shape[TOKENS], first.in_features)
+        stands = Placeholder.like(x, self.made[first][0].shape[TOKENS], first.in_features, type(module).__name__)
         return ((stands, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stands})
 
     def _leave(self, *_: Any) -> None:

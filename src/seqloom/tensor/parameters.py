@@ -23,7 +23,8 @@ def split(whole: Tensor, group: TensorGroup, shards: Mapping[str, int | None], s
         dim = shards.get(name)
         if dim is not None:
             part = part.split(list(chunks(part.shape[dim], axis.size)), dim)[axis.rank]
-    part = part.clone(memory_format=torch.contiguous_format)
+    # The whole may be too large for the device; only the part goes there.
+    part = part.to(group.device, copy=True, memory_format=torch.contiguous_format)
     if group.mesh is not None:
         placements = [Replicate() if (dim := shards.get(name)) is None else Shard(dim) for name in group.axes]
         shape, stride = whole.shape, torch.empty(whole.shape, device="meta").stride()

@@ -1,8 +1,9 @@
 """The linear of 1d cut in ring steps: a block of tokens is multiplied while the next one travels.
 
-The same results, bytes and messages' volume as the linear with one gather (`tensor_overlap=ring`;
-Colossal-AI's mode "ring", the decomposition of Wang et al., ASPLOS 2023, 10.1145/3567955.3567959), but at no time
-does a rank hold the gathered input. Blocks go to the next rank at each step.
+The same results and bytes as the linear with one gather (`tensor_overlap=ring`; Colossal-AI's mode "ring", the
+decomposition of Wang et al., ASPLOS 2023, 10.1145/3567955.3567959), but unless the plan keeps it for backward no rank
+holds the gathered input. Blocks go to the next rank at each step. Partial sums travel in the type of the input, so
+lower types are rounded at each hop of y and dx, where the linear with one gather rounds once; dw is summed in float32.
 
 | what                  | what goes around       | each step                                      |
 |-----------------------|------------------------|------------------------------------------------|
@@ -12,7 +13,7 @@ does a rank hold the gathered input. Blocks go to the next rank at each step.
 Where x or y is whole (no sequence parallelism), the sum over ranks is such a scatter and one gather.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -114,32 +115,33 @@ class _RingLinear(torch.autograd.Function):
             )
         elif wants_x:
             dx = products(grads, weights)
-        if call.x is None or call.x.dim is None or not call.regather:
-            blocks: Any = [(slice(None), x)]
-        else:
+        blocks: Iterable[Block] = [(slice(None), x)]
+        if call.x is not None and call.x.dim is not None and call.regather and any(wants):
             blocks = _circulate(x, call.x)
         return None, dx, *_weight_gradients(grads, blocks, wants)
 
 
 def _after_scatter(grad: Tensor, x: Tensor, weight: Tensor, move: Transfer) -> tuple[Tensor, Tensor]:
     """dx and dw of a linear whose output was scattered: the blocks of dy go around once for both."""
-    dx, dw = torch.empty_like(x), None
+    dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=_wide(weight))
     for part, block in _circulate(grad, move):
         _tokens(dx, part).copy_(block @ weight)
-        more = weight_gradient(block, _tokens(x, part))
-        dw = more if dw is None else dw.add_(more)
-    assert dw is not None
-    return dx, dw
+        dw += weight_gradient(block, _tokens(x, part))
+    return dx, dw.to(weight.dtype)
 
 
-def _weight_gradients(grads: Sequence[Tensor], blocks: Any, wants: Sequence[bool]) -> list[Tensor | None]:
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _weight_gradients(grads: Sequence[Tensor], blocks: Iterable[Block], wants: Sequence[bool]) -> list[Tensor | None]:
     totals: list[Tensor | None] = [None] * len(grads)
     for part, block in blocks:
         for number, (grad, wanted) in enumerate(zip(grads, wants, strict=True)):
             if wanted:
-                more, total = weight_gradient(_tokens(grad, part), block), totals[number]
+                more, total = weight_gradient(_tokens(grad, part), block).to(_wide(block)), totals[number]
                 totals[number] = more if total is None else total.add_(more)
-    return totals
+    return [None if total is None else total.to(grads[0].dtype) for total in totals]
 
 
 def ring_linear(x: Tensor, weights: Sequence[Tensor], call: Call) -> tuple[Tensor, ...]:
