@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from close import assert_close
 from model.dense import batch_of, build, dense_loss, gradients
 from pool import Pool
-from seqloom.errors import ModelError
+from seqloom.errors import ModelError, PlanError
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.model import outline, parallelize, probe, sum_gradients, token_loss, whole_tensors
 from seqloom.plan import Plan, fit, read_config
@@ -255,3 +255,45 @@ def test_wrongly_viewed_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(attention, "forward", mixing)
     with pytest.raises(ModelError, match="views its projections as 4 heads of 14 tokens where they hold 2 of 14"):
         probe(model, Plan(tensor=2))
+
+
+def asked_too_much(what: str) -> None:
+    """Ask a split model for what no rank can give."""
+    fabric = Fabric.build(Plan.parse("tensor=2"))
+    model = build("llama")
+    try:
+        parallelize(model, fabric)
+        local, shard = shard_batch(batch_of(1, None, TOKENS), fabric)
+        if what == "twice":
+            parallelize(model, fabric)
+        elif what == "converted":
+            token_loss(model, local, shard).backward()
+            model.to(torch.float64)
+            sum_gradients(model, fabric)
+        elif what == "no sequence":
+            model(**local.inputs)
+        else:
+            model(**local.inputs, sequence=shard, logits_to_keep=1)
+    finally:
+        fabric.close()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("twice", "parallelized already, under 'tensor=2'"),
+        ("converted", "converted after parallelize"),
+        ("no sequence", "without a sequence"),
+        ("last logits", "the logits of the last 1 tokens"),
+    ],
+)
+def test_what_a_split_model_refuses(pool: Pool, what: str, said: str) -> None:
+    """Gradients left unsummed, or logits of other tokens, without a word."""
+    with pytest.raises(ModelError, match=said):
+        pool.run(2, asked_too_much, what)
+
+
+def test_directions_are_two() -> None:
+    """A misspelt direction that is taken for the other one."""
+    with pytest.raises(PlanError, match="not 'columnwise'"):
+        Plan(tensor=2).tensor_grid.linear("columnwise")  # type: ignore[arg-type]

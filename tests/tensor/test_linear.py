@@ -305,3 +305,21 @@ def test_uneven_tokens_of_a_lone_linear_are_refused(pool: Pool) -> None:
     """Ranks that would disagree about sizes, and hang."""
     with pytest.raises(DataError, match="5 tokens cannot be split evenly over 2 ranks of tensor"):
         pool.run(2, uneven, "tensor=2")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "said"),
+    [
+        ((8, 22), torch.float32, "The input is in torch.float32, but the weights are in torch.float64"),
+        ((8, 21), torch.float64, r"The input is \[8, 21\], but this rank holds \[..., 8, 22\]"),
+        ((22,), torch.float64, r"The input is \[22\], but this rank holds \[..., tokens, 22\]"),
+    ],
+)
+def test_an_input_that_is_not_this_ranks_part_is_refused(shape: tuple[int, ...], dtype: torch.dtype, said: str) -> None:
+    """Weights rounded to the input's type, or parts of other sizes that would not meet."""
+    group = TensorGroup.of(Fabric.sketch(Plan(tensor=2)))
+    linear = ParallelLinear(
+        group, group.grid.linear("colwise"), torch.zeros(46, 22, dtype=torch.float64), None, direction="colwise"
+    )
+    with pytest.raises(DataError, match=said):
+        linear(torch.zeros(shape, dtype=dtype, device="meta"))

@@ -16,7 +16,7 @@ take tokens apart: the logits of a chunk are then summed over it, of which each 
 | hidden           | [..., tokens, hidden], with `scatter` the tokens of all its ranks, end to end  |
 | weight, bias     | [vocab, hidden], [vocab], this rank's part of the vocabulary                   |
 | labels           | [..., tokens], this rank's                                                     |
-| logits of a chunk| [chunk_tokens, vocab], split over `scatter` or once more held whole beside it  |
+| logits of a chunk| [chunk_tokens, vocab]; with `scatter` of all its ranks' pieces, and their sum   |
 """
 
 from collections.abc import Iterator, Sequence

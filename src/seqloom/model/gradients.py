@@ -135,8 +135,8 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
             continue
         if isinstance(parameter, DTensor) and not hasattr(parameter, "sum_axes"):
             raise ModelError(
-                "A split parameter was converted after parallelize (model.to, .float, ...), which forgets over which ranks "
-                "its gradient is summed; convert the model before parallelize."
+                "A split parameter was converted after parallelize (model.to, .float, ...), which forgets over which "
+                "ranks its gradient is summed; convert the model before parallelize."
             )
         names = tuple(name for name in getattr(parameter, "sum_axes", ()) if fabric.grid[name].size > 1)
         if fabric.replicas.size == 1 and not names:

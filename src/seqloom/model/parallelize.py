@@ -27,11 +27,15 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     """Make `model` compute its part of every sequence, as the fabric's plan says; returns the same model.
 
     The weights become those of rank 0 everywhere and move to the fabric's device. Under tensor plans each
-    rank keeps its part of them as new parameters: make optimizers and hooks, and convert types, around this
-    call accordingly (convert before it, make optimizers after it). From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`, and without labels: see
-    `token_loss`. Raises PlanError when the plan does not fit the model, ModelError when the model has
+    rank keeps its part of them as new parameters: convert types before this call, and make optimizers and
+    hooks after it. From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`,
+    and without labels: see `token_loss`. Raises PlanError when the plan does not fit the model, ModelError when the model has
     what cannot be split exactly.
     """
+    if getattr(model, "_split_by", None) is not None:
+        raise ModelError(
+            f"The model was parallelized already, under '{model._split_by}'; build it anew for another plan."
+        )
     shape = ModelShape.from_config(model.config.to_dict())
     check(fabric.plan, shape)
     head = model.get_output_embeddings()
@@ -60,12 +64,18 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
             )
         install_save(model, fabric)
     _draw_dropouts(model, group)
+    model._split_by = fabric.plan
     return model
 
 
-def _bind(group: TensorGroup, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _bind(group: TensorGroup, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Tell the split modules how the sequences are split that the model or one of its layers is called with."""
     group.shard = next((x for x in (*args, *kwargs.values()) if isinstance(x, SequenceShard)), None)
+    if group.shard is None and max(group.grid.sizes) > 1:
+        raise ModelError(
+            f"{type(module).__name__} was called without a sequence; after parallelize call the model with "
+            "model(**local.inputs, sequence=shard), as shard_batch gives them."
+        )
 
 
 def _draw_dropouts(model: PreTrainedModel, group: TensorGroup) -> None:
@@ -106,6 +116,11 @@ def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str,
         raise ModelError(
             f"{type(model).__name__} was asked for a cache of keys and values, which would hold this rank's alone; "
             "call it with use_cache=False, as local.inputs has it."
+        )
+    if given.get("logits_to_keep"):
+        raise ModelError(
+            f"{type(model).__name__} was asked for the logits of the last {given['logits_to_keep']} tokens, which "
+            "would be this rank's last; leave logits_to_keep out and take the positions of shard.spans."
         )
     if given.get("labels") is not None:
         raise ModelError(

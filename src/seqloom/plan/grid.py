@@ -16,7 +16,9 @@ outer to inner, a row-wise one inner to outer, whatever the order in which a mod
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from seqloom.errors import PlanError
 
 TensorKind = Literal["1d", "2d", "2.5d", "3d"]
 Direction = Literal["colwise", "rowwise"]
@@ -146,6 +148,8 @@ class Grid:
         the output; otherwise it gathers the input, as SUMMA does.
         """
         colwise = direction == "colwise"
+        if direction not in get_args(Direction):
+            raise PlanError(f"A linear goes colwise (outer to inner) or rowwise (inner to outer), not '{direction}'.")
         if self.kind == "1d":
             move = Move("tensor", "tokens" if self.sequence_parallel else "whole")
             return Moves(move if colwise else None, None, None if colwise else move, {"tensor": 0 if colwise else 1})

@@ -166,7 +166,7 @@ def _wrong(name: str, value: object) -> str | None:
         return None
     if name == "grid":
         sizes = value.split("x") if isinstance(value, str) else []
-        if len(sizes) in (2, 3) and all(size.isdecimal() and len(size) < 6 and int(size) for size in sizes):
+        if len(sizes) in (2, 3) and all(size.isdecimal() and len(size) < 6 and size[0] != "0" for size in sizes):
             return None
         return f"grid={value} is no grid; write rows x columns as in grid=3x2."
     if type(value) is not int or not 1 <= value <= MOST:

@@ -42,7 +42,7 @@ class TensorGroup:
     mesh: DeviceMesh | None
     overlap: str = "backward"
     regather: bool = True
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     shard: SequenceShard | None = field(default=None, repr=False)
 
     @classmethod

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqloom.errors import ModelError
-from seqloom.plan import Moves
+from seqloom.errors import DataError, ModelError
+from seqloom.geometry import total
+from seqloom.plan import Moves, chunks
 from seqloom.tensor.group import TOKENS, TensorGroup
 from seqloom.tensor.linear import Call, computed_in, parallel_linear
 from seqloom.tensor.parameters import local, split, whole
@@ -115,9 +116,27 @@ def _shards_of(parameter: Tensor) -> Mapping[str, int | None]:
     return {name: p.dim if p.is_shard() else None for name, p in zip(mesh.mesh_dim_names, placements, strict=True)}
 
 
+def _check(group: TensorGroup, linear: ParallelLinear, x: Tensor) -> None:
+    """Raise DataError for an input that is not this rank's part: parts of other sizes would not meet."""
+    side = group.grid.outer if linear.direction == "colwise" else group.grid.inner
+    axis = group.axes[side.hidden] if side.hidden else None
+    width = linear.in_features if axis is None else chunks(linear.in_features, axis.size)[axis.rank]
+    tokens = x.shape[TOKENS] if x.dim() > 1 else None
+    move = linear.moves.x or linear.moves.y
+    if group.shard is not None and group.shard.tokens and move is not None and move.dim == "tokens":
+        held = group.shard.tokens.outer if linear.direction == "colwise" else group.shard.tokens.inner
+        tokens = total(held)
+    if x.dim() < 2 or x.shape[-1] != width or x.shape[TOKENS] != tokens:
+        raise DataError(
+            f"The input is {list(x.shape)}, but this rank holds [..., {tokens or 'tokens'}, {width}] on the side that "
+            f"a {linear.direction} linear reads; give it the part that belongs to it."
+        )
+
+
 def compute(group: TensorGroup, linears: Sequence[ParallelLinear], x: Tensor) -> list[Tensor]:
     """The outputs of linears that read the same x, in order, packed ones apart."""
     weights, biases, ws, ys = [], [], [], []
+    _check(group, linears[0], x)
     collect = group.collecting(linears[0].moves.x, x, linears[0].in_features)
     tokens = sum(collect.sizes) if collect is not None and collect.dim == TOKENS else x.shape[TOKENS]
     for linear in linears:
@@ -128,6 +147,8 @@ def compute(group: TensorGroup, linears: Sequence[ParallelLinear], x: Tensor) ->
             ws.append(group.weight(linear.moves, whole))
             ys.append(group.scattering(linear.moves.y, tokens, linear.out_features))
     dtype = computed_in(x)
+    if dtype == x.dtype and weights[0].dtype != dtype:
+        raise DataError(f"The input is in {dtype}, but the weights are in {weights[0].dtype}; convert one of them.")
     x, weights = x.to(dtype), [w.to(dtype) for w in weights]
     call = Call(collect, tuple(ws), tuple(ys), group.overlap != "none", group.regather)
     run = ring_linear if group.overlap == "ring" and not x.is_meta else parallel_linear
