@@ -29,8 +29,8 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     The weights become those of rank 0 everywhere and move to the fabric's device. Under tensor plans each
     rank keeps its part of them as new parameters: convert types before this call, and make optimizers and
     hooks after it. From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`,
-    and without labels: see `token_loss`. Raises PlanError when the plan does not fit the model, ModelError when the model has
-    what cannot be split exactly.
+    and without labels: see `token_loss`. Raises PlanError when the plan does not fit the model, ModelError
+    when the model has what cannot be split exactly.
     """
     if getattr(model, "_split_by", None) is not None:
         raise ModelError(
