@@ -135,6 +135,9 @@ class BlockAttention(torch.autograd.Function):
     ) -> Tensor:
         """Returns out, in the type of q."""
         own = by_tokens(k, v)
+        if q.untyped_storage().nbytes() > q.numel() * q.element_size():
+            # Cut from one projection of q, k and v: kept for backward, it would keep all of that.
+            (q,) = by_heads(by_tokens(q))
         met = Partial(q, v.shape[3], sinks)
         for visit in exchange.visits(Trip(own, sequence, window)):
             attend(q, *by_heads(visit.block), visit.work, scoring, met, visit.places, visit.first_row)
