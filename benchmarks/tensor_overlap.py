@@ -126,7 +126,7 @@ class Tracer:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._moving = ""
-        self._by_works: dict[int, Event] = {}
+        self._posted_by: dict[int, tuple[Any, Event]] = {}
         self._watching: SimpleQueue[_Watched | None] = SimpleQueue()
 
     @contextmanager
@@ -172,8 +172,8 @@ class Tracer:
     def _waited(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def wait(pending: Pending) -> Any:
             arrived = self._timed("wait", f"wait for {pending.what}", lambda: function(pending))
-            if event := self._by_works.get(id(pending.works)):
-                event.arrived_by = self.events[-1].stop
+            if posted := self._posted_by.pop(id(pending.works), None):
+                posted[1].arrived_by = self.events[-1].stop
             return arrived
 
         return wait
@@ -194,7 +194,7 @@ class Tracer:
             event = Event("transfer", self._moving, self.events[-1].start, inf)
             event.num_bytes = sum(block.nbytes for block in blocks)
             self.events.append(event)
-            self._by_works[id(works)] = event
+            self._posted_by[id(works)] = works, event  # held, so that no other list gets its id
             self._watching.put(_Watched(event, blocks))
             return works
 

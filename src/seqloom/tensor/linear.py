@@ -70,12 +70,14 @@ def start_scatter(x: Tensor, move: Transfer | None) -> Pending | Here:
     return start_sum_(x, move.axis) if move.dim is None else start_sum_parts(x, move.axis, move.dim, move.sizes)
 
 
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the type of a product of x; it leaves float64 alone."""
+    return not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+
+
 def computed_in(x: Tensor) -> torch.dtype:
     """The type that autocast gives a product of x, so that it is that which travels; x's own without autocast."""
-    device = x.device.type
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type) if in_autocast(x) else x.dtype
 
 
 class _Linear(torch.autograd.Function):

@@ -11,7 +11,7 @@ from seqloom.errors import DataError, ModelError
 from seqloom.geometry import total
 from seqloom.plan import Moves, chunks
 from seqloom.tensor.group import TOKENS, TensorGroup
-from seqloom.tensor.linear import Call, computed_in, parallel_linear
+from seqloom.tensor.linear import Call, computed_in, in_autocast, parallel_linear
 from seqloom.tensor.parameters import local, split, whole
 from seqloom.tensor.ring import ring_linear
 
@@ -147,7 +147,7 @@ def compute(group: TensorGroup, linears: Sequence[ParallelLinear], x: Tensor) ->
             ws.append(group.weight(linear.moves, whole))
             ys.append(group.scattering(linear.moves.y, tokens, linear.out_features))
     dtype = computed_in(x)
-    if dtype == x.dtype and weights[0].dtype != dtype:
+    if weights[0].dtype != x.dtype and not in_autocast(x):
         raise DataError(f"The input is in {dtype}, but the weights are in {weights[0].dtype}; convert one of them.")
     x, weights = x.to(dtype), [w.to(dtype) for w in weights]
     call = Call(collect, tuple(ws), tuple(ys), group.overlap != "none", group.regather)
