@@ -281,7 +281,7 @@ def asked_too_much(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("twice", "parallelized already, under 'tensor=2'"),
+        ("twice", "split already, under 'tensor=2'"),
         ("converted", "converted after parallelize"),
         ("no sequence", "without a sequence"),
         ("last logits", "the logits of the last 1 tokens"),

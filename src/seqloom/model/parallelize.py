@@ -34,7 +34,7 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     """
     if getattr(model, "_split_by", None) is not None:
         raise ModelError(
-            f"The model was parallelized already, under '{model._split_by}'; build it anew for another plan."
+            f"The model's weights were split already, under '{model._split_by}'; build it anew for another plan."
         )
     shape = ModelShape.from_config(model.config.to_dict())
     check(fabric.plan, shape)
@@ -63,8 +63,8 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
                 {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
             )
         install_save(model, fabric)
+        model._split_by = fabric.plan
     _draw_dropouts(model, group)
-    model._split_by = fabric.plan
     return model
 
 
