@@ -469,7 +469,7 @@ REFUSALS: dict[str, Refused] = {
         "exchange=gather",
         "leave inner_ring out or use exchange=ring.",
     ),
-    "field": (lambda: Plan.parse("rong=2"), "'rong' (did you mean 'ring'?)", "it has data, pipeline, ring"),
+    "field": (lambda: Plan.parse("rong=2"), "'rong' (did you mean 'ring'?)", "it has data, zero, zero_replicas"),
     "field twice": (lambda: Plan.parse("ring=2 ring=2"), "ring twice", "name it once."),
     "no value": (lambda: Plan.parse("ring"), "'ring'", "of the form name=value."),
 }

@@ -22,6 +22,9 @@ def values(name: str) -> st.SearchStrategy[Any]:
     """Every value a field takes."""
     if get_origin(TYPES[name]) is Literal:
         return st.sampled_from(get_args(TYPES[name]))
+    words = {"stages": ["3", "3-5"], "recompute": ["selective", "full:uniform:2/none", "full:block:3"]}
+    if name in words:
+        return st.sampled_from(words[name])
     return st.booleans() if TYPES[name] is bool else st.integers(1, 5)
 
 

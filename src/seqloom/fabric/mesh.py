@@ -1,7 +1,7 @@
 """From a plan to named process groups; nothing else in seqloom makes groups."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,9 @@ class Fabric:
     ranks of equal place among theirs. Without it `inner` is `ring` itself and `outer` one rank.
     `tensor` is the whole tensor group, `grid` its axes by name, slowest first, and `mesh` the same as
     parameters split over it know it (None where there is one rank). `replicas` is data x ring x ulysses of
-    the plan as one axis: the ranks that hold the same weights. `world` is all ranks.
+    the plan as one axis: the ranks that hold the same weights; `zero` are those of them that share them out, and
+    `zero_replicas` those that hold the same share. `expert` are the ranks a layer's experts are dealt to, and
+    `expert_replicas` those that hold the same experts. `world` is all ranks.
     """
 
     plan: Plan
@@ -55,6 +57,10 @@ class Fabric:
     tensor: Axis
     grid: dict[str, Axis]
     replicas: Axis
+    zero: Axis
+    zero_replicas: Axis
+    expert: Axis
+    expert_replicas: Axis
     world: Axis
     mesh: DeviceMesh | None = field(default=None, repr=False)
     groups: tuple[distributed.ProcessGroup, ...] = field(default=(), repr=False)
@@ -137,23 +143,40 @@ def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.Proc
         tokens = [axis for axis in grid if axis in plan.tensor_grid.inner.tokens]
         return families(name, *tokens) if plan.tensor_tokens == name else families(name)
 
-    around, (_, inner) = joined("ring"), plan.rings
+    def halves(whole: Axis, found: Families, inner: int, names: tuple[str, str]) -> tuple[Axis, Axis]:
+        """An axis as two: `inner` neighbours, and the ranks of equal place among theirs."""
+        if inner == whole.size:
+            return replace(whole, name=names[0]), Axis(names[1], 0, 1, None, meter)
+        near = tuple(one[i : i + inner] for one in found for i in range(0, whole.size, inner))
+        far = tuple(one[i::inner] for one in found for i in range(inner))
+        return place(names[0], near), place(names[1], far)
+
+    around = joined("ring")
     ring = place("ring", around)
-    rings = {"inner": ring, "outer": Axis("outer_ring", 0, 1, None, meter)}
-    if inner < ring.size:
-        cuts = [[one[i : i + inner] for i in range(0, ring.size, inner)] for one in around]
-        rings["outer"] = place("outer_ring", tuple(one[i::inner] for one in around for i in range(inner)))
-        rings["inner"] = place("inner_ring", tuple(part for one in cuts for part in one))
+    inner_ring, outer_ring = halves(ring, around, plan.rings[1], ("inner_ring", "outer_ring"))
+    alike = families("data", "ring", "ulysses")
+    replicas = place("replicas", alike)
+    zero, zero_replicas = halves(replicas, alike, plan.replicas // plan.zero_replicas, ("zero", "zero_replicas"))
+    expert, expert_replicas = Axis("expert", 0, 1, None, meter), replicas
+    if plan.expert > 1:
+        sharing = families("data", "ring", "ulysses", *(grid if plan.expert_tensor == 1 else ()))
+        experts = place("expert", sharing)
+        expert, expert_replicas = halves(experts, sharing, plan.expert, ("expert", "expert_replicas"))
     return {
         "meter": meter,
         "pipeline": place("pipeline", families("pipeline")),
         "data": place("data", families("data")),
         "ring": ring,
-        **rings,
+        "inner": inner_ring if plan.rings[0] > 1 else ring,
+        "outer": outer_ring,
         "ulysses": place("ulysses", joined("ulysses")),
         "tensor": place("tensor", families(*grid)),
         "grid": {name: place(name, families(name)) for name in grid},
-        "replicas": place("replicas", families("data", "ring", "ulysses")),
+        "replicas": replicas,
+        "zero": zero,
+        "zero_replicas": zero_replicas,
+        "expert": expert,
+        "expert_replicas": expert_replicas,
         "world": place("world", families(*sizes)),
     }
 

@@ -5,8 +5,12 @@ from dataclasses import replace
 from math import isqrt, log2
 
 from seqloom.errors import PlanError
+from seqloom.plan.experts import expert_reasons
+from seqloom.plan.pipeline import pipeline_reasons
 from seqloom.plan.plan import MOST, Plan
+from seqloom.plan.recompute import recompute_reasons
 from seqloom.plan.shape import ModelShape
+from seqloom.plan.zero import zero_reasons
 
 _ON_A_GRID = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 _IN_LINE = (*_ON_A_GRID, "bloom", "gpt2")
@@ -50,6 +54,10 @@ def reasons(
         found.append(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
     found += _tensor_reasons(plan, model)
     found += _ulysses_reasons(plan, model)
+    found += zero_reasons(plan)
+    found += pipeline_reasons(plan, model)
+    found += expert_reasons(plan, model)
+    found += recompute_reasons(plan)
     if num_tokens is not None:
         found += _length_reasons(model, num_tokens)
     found += unsplittable(plan, num_tokens, batch)
@@ -58,8 +66,6 @@ def reasons(
 
 def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> Iterator[str]:
     """Why sequences of `num_tokens`, `batch` of them, as far as known, cannot be dealt to the plan's ranks."""
-    if plan.pipeline > 1:
-        yield f"pipeline={plan.pipeline} is not supported yet; the only degree is 1."
     if num_tokens is not None and 0 < num_tokens < shortest(plan):
         tensor = f" {_tensor_words(plan)}" if _piece(plan) > 1 or plan.tensor_grid.tokens > 1 else ""
         yield (

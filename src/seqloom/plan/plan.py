@@ -1,5 +1,6 @@
 """The whole decision of how a run is split, as one value that prints and reads back."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -13,6 +14,8 @@ Exchange = Literal["ring", "gather", "needed", "rsa"]
 LayoutKind = Literal["zigzag", "contiguous", "striped", "balanced"]
 TokenAxis = Literal["ring", "ulysses"]
 Overlap = Literal["backward", "ring", "none"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zbv"]
+Kept = Literal["whole", "partitioned", "offloaded"]
 
 MOST = 65_536
 """The largest degree of an axis, and the most processes of a plan."""
@@ -23,7 +26,14 @@ class Plan:
     """Degrees of every mesh axis, and how attention meets the sequence axes.
 
     data: copies of the model, each with its own rows of the batch.
-    pipeline: stages the layers are cut into.
+    zero: what data x ring x ulysses share out instead of holding it alike: 1 the optimizer's state, 2 the
+        gradients too, 3 the parameters too (ZeRO).
+    zero_replicas: groups among which shares are repeated, each holding all of them (hybrid sharding).
+    offload: whether parameters, gradients and the optimizer's state wait in host memory.
+    pipeline: ranks the layers are dealt to, each computing its stages of them.
+    schedule: in which order a pipeline's stages work: `gpipe`, `1f1b`, `interleaved` or `zbv` (zero bubble).
+    chunks: stages a pipeline rank holds; None is 2 for `interleaved` and `zbv`, else 1.
+    stages: layers of each stage, in order, as `3-5`; None balances their cost.
     ring: ranks a sequence is dealt to, exchanging keys and values.
     ulysses: ranks that trade tokens for heads around attention (DeepSpeed-Ulysses).
     tensor: ranks a layer's weights are split over.
@@ -37,6 +47,13 @@ class Plan:
     tensor_overlap: `backward` computes weight gradients while input gradients are on their way, `ring`
         cuts gather and product of 1d in steps that overlap, `none` does one after the other.
     regather: whether backward gathers a linear's input again, rather than keep it gathered.
+    expert: ranks the experts of a layer are dealt to, taken from data x ring x ulysses x tensor.
+    expert_tensor: ranks that each expert's weights are split over: 1, or all of `tensor`.
+    recompute: what backward computes again: `none`, `selective` (all but attention), `full`,
+        `full:uniform:N` (N layers at a time) or `full:block:N` (the first N layers of a stage); one for each
+        stage as `full/none`.
+    activations: what is kept for that is kept `whole` on each rank, `partitioned` over the tensor ranks, or
+        `offloaded` to host memory.
     exchange: how ring ranks see each other's keys and values: `ring` passes them around in steps,
         `gather` collects them all first, `needed` fetches only those that a rank's queries see, `rsa`
         is the ring self-attention of 2021: keys go around, then values.
@@ -52,7 +69,13 @@ class Plan:
     """
 
     data: int = 1
+    zero: Literal[0, 1, 2, 3] = 0
+    zero_replicas: int = 1
+    offload: bool = False
     pipeline: int = 1
+    schedule: Schedule = "1f1b"
+    chunks: int | None = None
+    stages: str | None = None
     ring: int = 1
     ulysses: int = 1
     tensor: int = 1
@@ -63,6 +86,10 @@ class Plan:
     tensor_tokens: TokenAxis = "ring"
     tensor_overlap: Overlap = "backward"
     regather: bool = True
+    expert: int = 1
+    expert_tensor: int = 1
+    recompute: str = "none"
+    activations: Kept = "whole"
     exchange: Exchange = "ring"
     inner_ring: int | None = None
     layout: LayoutKind = "zigzag"
@@ -109,6 +136,21 @@ class Plan:
         return self.attention_ring // inner, inner
 
     @property
+    def replicas(self) -> int:
+        """The ranks that hold the same weights, or share them out: data x ring x ulysses."""
+        return self.data * self.ring * self.ulysses
+
+    @property
+    def num_stages(self) -> int:
+        """The stages of the pipeline, over all its ranks.
+
+        >>> Plan(pipeline=2, schedule="zbv").num_stages
+        4
+        """
+        chunks = self.chunks or (2 if self.pipeline > 1 and self.schedule in ("interleaved", "zbv") else 1)
+        return self.pipeline * chunks
+
+    @property
     def world_size(self) -> int:
         """The number of processes the plan takes."""
         return self.data * self.pipeline * self.ring * self.ulysses * self.tensor
@@ -152,18 +194,23 @@ def _read(name: str, text: str) -> object:
     """The value that a word of a plan stands for; the word itself where it stands for none."""
     if _TYPES[name] is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    number = int in (_TYPES[name], *get_args(_TYPES[name])) and text.isdecimal() and len(text) < 9
+    whole = int in (_TYPES[name], *map(type, _choices(name)), *get_args(_TYPES[name]))
+    number = whole and text.isdecimal() and len(text) < 9
     return int(text) if number else text
 
 
 def _wrong(name: str, value: object) -> str | None:
     """Why `value` cannot stand in field `name`, or None."""
     if choices := _choices(name):
-        return None if value in choices else f"{name}={value} is unknown; it is one of {', '.join(choices)}."
+        known = any(value == choice and type(value) is type(choice) for choice in choices)
+        return None if known else f"{name}={value} is unknown; it is one of {', '.join(map(str, choices))}."
     if _TYPES[name] is bool:
         return None if isinstance(value, bool) else f"{name}={value} is unknown; it is true or false."
     if value is None and type(None) in get_args(_TYPES[name]):
         return None
+    if name in _PATTERNS:
+        pattern, meant = _PATTERNS[name]
+        return None if isinstance(value, str) and pattern.fullmatch(value) else f"{name}={value} is no {meant}."
     if name == "grid":
         sizes = value.split("x") if isinstance(value, str) else []
         if len(sizes) in (2, 3) and all(size.isdecimal() and len(size) < 6 and size[0] != "0" for size in sizes):
@@ -174,8 +221,19 @@ def _wrong(name: str, value: object) -> str | None:
     return None
 
 
-def _choices(name: str) -> tuple[str, ...]:
-    """The words a field takes; none where it takes a number."""
+_RECOMPUTED = r"(none|selective|full(:(uniform|block):[1-9]\d{0,4})?)"
+_PATTERNS = {
+    "stages": (re.compile(r"\d{1,5}(-\d{1,5})*"), "list of layers; write those of each stage in order, as stages=3-5"),
+    "recompute": (
+        re.compile(f"{_RECOMPUTED}(/{_RECOMPUTED})*"),
+        "choice; it is none, selective, full, full:uniform:N or full:block:N, or one for each stage as full/none",
+    ),
+}
+"""What the words of some fields look like, and how a refusal says it."""
+
+
+def _choices(name: str) -> tuple[str | int, ...]:
+    """The words or numbers a field takes, where it takes a few; else none."""
     return get_args(_TYPES[name]) if get_origin(_TYPES[name]) is Literal else ()
 
 
