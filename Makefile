@@ -70,6 +70,7 @@ test: $(STAMP)
 sweep: $(STAMP)
 	@echo "== The sweep: every plan, world and length of the tables; about 90 minutes on 2 cores."
 	@$(BIN)/python -m pytest -m sweep --timeout 3600
+	@$(BIN)/python -m benchmarks.parity --sixteen
 	@echo "== The sweep passed."
 
 check: $(STAMP)

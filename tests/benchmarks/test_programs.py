@@ -1,5 +1,6 @@
 """The programs that need no second process: their arguments, their records, and what they compute; no timings."""
 
+import argparse
 import json
 from pathlib import Path
 from statistics import median
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import balance, gpu_attention, mask_memory
+from benchmarks import balance, gpu_attention, mask_memory, parity
 from benchmarks.documents import lengths
 from benchmarks.emulation import Loop, Sizes, whole
 from close import assert_close
@@ -137,3 +138,20 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
     page = gpu_attention.main(["--out", str(tmp_path)])
     assert "Not measured" in page.read_text(encoding="utf-8")
     assert rows_of(page) == []
+
+
+def test_the_table_of_parity(tmp_path: Path) -> None:
+    """Catches a plan that fails or differs and is left out of the page, or of the exit status."""
+    page = tmp_path / "parity.md"
+    assert parity.main(["--worlds", "1", "--models", "llama", "--tokens", "9", "--out", str(page)]) == 0
+    assert "1 of 1 plans equal one device" in page.read_text(encoding="utf-8")
+    asked = argparse.Namespace(tokens=9, every=1)
+    rows = [
+        parity.Row("llama", 2, "ring=2", 1e-15, 1e-15, 1e-15, 1e-15),
+        parity.Row("llama", 2, "data=2", 1e-15, 1e-15, 2e-9, 1e-15),
+        parity.Row("llama", 2, "ulysses=2", float("nan")),
+        parity.Row("llama", 2, "tensor=2", failed="it hung"),
+    ]
+    assert [row.equal for row in rows] == [True, False, False, False]
+    text = "\n".join(parity.page(rows, asked))
+    assert "1 of 4 plans equal" in text and "| llama | 2 | 4 | 3 |" in text and "it hung" in text

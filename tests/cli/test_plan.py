@@ -7,7 +7,7 @@ import pytest
 
 from cli.conftest import Cli, refused
 from seqloom.geometry import Layout, Mask
-from seqloom.plan import ModelShape, Plan, fit, read_config
+from seqloom.plan import ModelShape, Plan, every_plan, fit, read_config
 from seqloom.planner import attention_bytes, places, tensor_bytes
 from train.runs import environment
 
@@ -201,6 +201,7 @@ def test_axes_of_a_double_ring(cli: Cli) -> None:
         (("--check", "ring=2"), "seqloom plan needs --model, --seq-len (or --documents) to check"),
         (("--check", "ring=2", "--table"), "seqloom plan needs --model, "),
         (("--table", "--heads", "4"), "seqloom plan needs --check, --model, "),
+        (("--list", "--model", "llama"), "seqloom plan --list needs --model and --world"),
         ((*PLAN, "64", "--check", "ring=2", "--documents", "60,x"), "--documents '60,x' is not a list of lengths"),
         (
             (*PLAN, "64", "--check", "ring=2", "--documents", "60,3"),
@@ -226,3 +227,16 @@ def test_the_table_of_kernels(cli: Cli) -> None:
     assert (code, err) == (0, "") and "torch_cpu" in out and "flex" in out
     code, both, err = cli(*PLAN, "64", "--check", "ring=2", "--table")
     assert (code, err) == (0, "") and both.startswith("Legal: ") and both.endswith(out)
+
+
+def test_all_legal_plans_are_listed(cli: Cli) -> None:
+    """Catches a list that leaves plans out, cannot be piped on, or is silent on the plan that was asked about."""
+    code, out, err = cli(*PLAN, "64", "--list", "--world", "4")
+    *lines, last = out.splitlines()
+    shape = ModelShape.from_config(fit(read_config("llama"), Plan(ulysses=4), 64, layers=8))
+    assert (code, err) == (0, "") and [Plan.parse(line) for line in lines] == list(every_plan(shape, 64, world=4))
+    assert last.startswith(f"{len(lines)} legal plans of 4 processes for llama of 4 query heads and 8 layers and seq")
+    _, out, _ = cli(*PLAN, "64", "--list", "--world", "4", "--check", "ulysses=8")
+    assert out.startswith("Not legal: 'ulysses=8'. The plan 'ulysses=8' takes 8 processes, but there are 4. Also: ")
+    _, out, _ = cli(*PLAN, "64", "--list", "--world", "4", "--check", "ring=4")
+    assert out.startswith("Legal: 'ring=4'.\n")

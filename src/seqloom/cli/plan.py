@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from seqloom.cli.listing import legal_lines
 from seqloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def plan(  # noqa: PLR0913, PLR0917
     full: Annotated[bool, typer.Option("--full", help="Attention to both sides instead of causal.")] = False,
     window: Annotated[int | None, typer.Option("--window", help="Tokens apart from which on none is seen.")] = None,
     prefix: Annotated[int, typer.Option("--prefix", help="First tokens of a document that all of it sees.")] = 0,
+    every: Annotated[bool, typer.Option("--list", help="All legal plans of --world processes, one a line.")] = False,
     table: Annotated[
         bool, typer.Option("--table", help="Which attention kernel does what here, and why another does not.")
     ] = False,
@@ -46,7 +48,11 @@ def plan(  # noqa: PLR0913, PLR0917
 
     lengths = document_lengths(documents)
     seq_len = sum(lengths) if lengths and seq_len is None else seq_len
-    if check is not None and model is not None and seq_len is not None:
+    if every:
+        if model is None or world is None:
+            raise ConfigError("seqloom plan --list needs --model and --world, and --seq-len where lengths matter.")
+        typer.echo("\n".join(legal_lines(model, seq_len, world, check, heads, kv_heads, layers)))
+    elif check is not None and model is not None and seq_len is not None:
         wanted = plans.Plan.parse(check)
         shape = plans.ModelShape.from_config(model_settings(model, wanted, seq_len, heads, kv_heads, layers))
         if lengths and sum(lengths) != seq_len:

@@ -1,6 +1,7 @@
 """Plans and their legality. Importing this package leaves torch unloaded."""
 
 from seqloom.plan.dropout import without_dropout
+from seqloom.plan.every import every_plan
 from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_stays
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
@@ -19,6 +20,7 @@ __all__ = [
     "Side",
     "check",
     "chunks",
+    "every_plan",
     "fit",
     "input_stays",
     "legal_plans",

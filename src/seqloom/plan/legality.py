@@ -77,7 +77,7 @@ def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -
     elif batch is not None and batch % plan.data:
         yield (
             f"A batch of {batch} sequences cannot be split over data={plan.data} "
-            f"(divisors: {_listed(_divisors(batch))})."
+            f"(divisors: {_listed(divisors(batch))})."
         )
 
 
@@ -102,7 +102,7 @@ def _tensor_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
             over, of = f"the {ranks} input ranks of {_tensor_words(plan)}", "number of input ranks"
         yield (
             f"{model.heads} query heads cannot be split evenly over {over}; use a {of} that divides them: "
-            f"{_listed(_divisors(model.heads))}."
+            f"{_listed(divisors(model.heads))}."
         )
 
 
@@ -171,10 +171,10 @@ def legal_plans(
     for alone in _tensors(plan, model, world):
         grid, left = alone.tensor_grid, world // alone.tensor
         most = model.heads // grid.heads // alone.attention_ulysses
-        for data in _divisors(left):
+        for data in divisors(left):
             if batch is not None and batch % data:
                 continue
-            for ring in _divisors(left // data):
+            for ring in divisors(left // data):
                 ulysses = left // (data * ring)
                 if ulysses > most or (num_tokens is not None and num_tokens < ring * ulysses * grid.tokens):
                     continue
@@ -196,7 +196,7 @@ def _tensors(plan: Plan, model: ModelShape, world: int) -> Iterator[Plan]:
     candidates = [alone]
     if plan.tensor > 1:
         line = replace(alone, tensor_kind="1d", depth=1, grid=None, tensor_tokens="ring")
-        for degree in _divisors(world)[1:]:
+        for degree in divisors(world)[1:]:
             candidates += [*_grids(alone, degree), replace(line, tensor=degree)]
         candidates.append(
             replace(line, tensor=1, sequence_parallel=True, tensor_overlap=Plan.tensor_overlap, regather=Plan.regather)
@@ -210,9 +210,9 @@ def _grids(alone: Plan, degree: int) -> Iterator[Plan]:
     """The even grid of this degree, where there is one; of the degree asked for every grid."""
     sizes: list[tuple[int, ...]] = []
     if alone.tensor_kind == "3d":
-        sizes = [(a, b, degree // (a * b)) for a in _divisors(degree) for b in _divisors(degree // a)]
+        sizes = [(a, b, degree // (a * b)) for a in divisors(degree) for b in divisors(degree // a)]
     elif alone.tensor_kind != "1d" and degree % alone.depth == 0:
-        sizes = [(a, degree // alone.depth // a) for a in _divisors(degree // alone.depth)]
+        sizes = [(a, degree // alone.depth // a) for a in divisors(degree // alone.depth)]
     for each in sorted(sizes, key=max):  # the evenest first
         if len(set(each)) == 1:
             yield replace(alone, tensor=degree, grid=None)
@@ -245,7 +245,7 @@ def nearest(
 
     if model.unsupported or (world is not None and not 1 <= world <= MOST):
         return None
-    for size in reversed(_divisors(world or plan.world_size)):
+    for size in reversed(divisors(world or plan.world_size)):
         for layout in dict.fromkeys([plan.layout, "contiguous"]):
             legal = legal_plans(replace(plan, layout=layout), model, num_tokens, world=size, batch=batch)
             if found := min(legal, key=distance, default=None):
@@ -253,7 +253,8 @@ def nearest(
     return None
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, rising."""
     low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
     return low + [number // d for d in reversed(low) if d * d != number]
 

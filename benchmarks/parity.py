@@ -1,0 +1,164 @@
+"""Every legal plan against one device: loss, gradient norm, gradients and parameters after three steps, in float64.
+
+    python -m benchmarks.parity [--worlds 2 4 8] [--models llama mixtral] [--every 1] [--sixteen] [--out F]
+
+Each plan of `seqloom plan --list` trains three steps of at least two micro-batches with clipping, as `seqloom verify`
+does, and is held against one device. Worlds of 16 run the plans named below. The page is written anew; a plan that
+differs or fails is written there too, and the program ends with status 1.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+
+from seqloom.errors import SeqloomError
+from seqloom.fabric.launch import run_local
+from seqloom.plan import ModelShape, Plan, every_plan, fit, read_config, reasons
+from seqloom.verify import Case, verify_here
+
+PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
+TOLERANCE = 1e-9
+STEPS, MICRO_BATCHES = 3, 2
+SIXTEEN = (
+    "data=2 pipeline=2 ring=2 ulysses=2",
+    "pipeline=2 ring=2 ulysses=2 tensor=2",
+    "data=2 ring=2 ulysses=2 tensor=2",
+    "data=2 pipeline=2 ulysses=2 tensor=2",
+    "data=2 pipeline=2 ring=2 tensor=2",
+    "data=2 pipeline=2 zero=3 ring=2 ulysses=2",
+)
+CHUNK = 24
+"""Plans that one set of processes runs before another takes over: what leaks would otherwise add up."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one plan and model. Errors are relative; `failed` is a sentence where it did not run."""
+
+    model: str
+    world: int
+    plan: str
+    loss: float = 0.0
+    norm: float = 0.0
+    gradient: float = 0.0
+    parameter: float = 0.0
+    failed: str = ""
+
+    @property
+    def worst(self) -> float:
+        """The largest of the four errors."""
+        return max(self.loss, self.norm, self.gradient, self.parameter)
+
+    @property
+    def equal(self) -> bool:
+        """Whether the plan ran and every error is within the tolerance; a NaN never is."""
+        return not self.failed and all(
+            error <= TOLERANCE for error in (self.loss, self.norm, self.gradient, self.parameter)
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for and write the page; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.parity", description=__doc__.partition("\n")[0])
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8], help="numbers of processes")
+    parser.add_argument("--models", nargs="+", default=["llama", "mixtral"], help="built-in models")
+    parser.add_argument("--tokens", type=int, default=47, help="tokens of a sequence")
+    parser.add_argument("--every", type=int, default=1, help="run only every so many-th plan")
+    parser.add_argument("--sixteen", action="store_true", help="plans of 16 processes too")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page")
+    asked = parser.parse_args(arguments)
+    rows: list[Row] = []
+    for model in asked.models:
+        for world in [*asked.worlds, *([16] if asked.sixteen else [])]:
+            plans = plans_of(model, world, asked.tokens)[:: asked.every if world < 16 else 1]
+            for start in range(0, len(plans), CHUNK):
+                rows += ran(model, world, plans[start : start + CHUNK], asked.tokens)
+                print(f"{model} {world}: {min(start + CHUNK, len(plans))} of {len(plans)}", flush=True)
+    asked.out.write_text("\n".join(page(rows, asked)) + "\n", encoding="utf-8")
+    wrong = [row for row in rows if not row.equal]
+    for row in wrong:
+        print(f"NOT EQUAL {row.model} '{row.plan}': {row.failed or asdict(row)}")
+    print(f"{len(rows) - len(wrong)} of {len(rows)} plans equal one device; the table is in {asked.out.name}.")
+    return 1 if wrong else 0
+
+
+def plans_of(model: str, world: int, num_tokens: int) -> list[str]:
+    """The plans to run: all legal ones, of 16 processes those named above."""
+    named = [Plan.parse(text) for text in SIXTEEN] if world == 16 else None
+    grown = ModelShape.from_config(fit(read_config(model), Plan(ulysses=world), num_tokens, layers=2 * world))
+    found = every_plan(grown, num_tokens, world=world) if named is None else named
+    return [str(plan) for plan in found if not any(reasons(plan, _shape(model, plan, num_tokens), num_tokens))]
+
+
+def _shape(model: str, plan: Plan, num_tokens: int) -> ModelShape:
+    return ModelShape.from_config(fit(read_config(model), plan, num_tokens))
+
+
+def ran(model: str, world: int, plans: Sequence[str], num_tokens: int) -> list[Row]:
+    """The rows of some plans; where the processes end, each plan runs by itself, so that one is to blame."""
+    try:
+        return run_local(world, judged, model, tuple(plans), num_tokens, timeout_seconds=300)[0]
+    except SeqloomError as error:
+        if len(plans) == 1:
+            return [Row(model, world, plans[0], failed=" ".join(str(error).split())[:200])]
+        return [row for plan in plans for row in ran(model, world, [plan], num_tokens)]
+
+
+def judged(model: str, plans: Sequence[str], num_tokens: int) -> list[Row]:
+    """The rows of some plans, made by processes that are running; every rank calls it."""
+    found = []
+    for text in plans:
+        plan = Plan.parse(text)
+        case = Case(
+            config=fit(read_config(model), plan, num_tokens),
+            plan=plan,
+            num_tokens=num_tokens,
+            steps=STEPS,
+            accumulate=MICRO_BATCHES,
+        )
+        verdict = verify_here(case)
+        errors = (verdict.loss_error, verdict.gradient_norm_error)
+        found.append(Row(model, plan.world_size, text, *errors, verdict.worst_gradient_error, verdict.parameter_error))
+    return found
+
+
+def page(rows: Sequence[Row], asked: argparse.Namespace) -> Iterator[str]:
+    """docs/parity.md."""
+    yield "# Every legal plan equals one device"
+    yield ""
+    wrong = sum(not row.equal for row in rows)
+    part = f"every {asked.every}th plan" if asked.every > 1 else "every plan"
+    yield (
+        f"{len(rows) - wrong:,} of {len(rows):,} plans equal one device to {TOLERANCE:.0e} in float64: the loss, "
+        "the gradient norm, every gradient and every parameter after three steps of at least two micro-batches with "
+        f"clipping, at {asked.tokens} tokens a sequence. Written by `python -m benchmarks.parity`; it ran {part} that "
+        "`seqloom plan --list` names."
+    )
+    yield ""
+    yield "| model | processes | plans | not equal | worst error |"
+    yield "|---|---|---|---|---|"
+    groups = dict.fromkeys((row.model, row.world) for row in rows)
+    for model, world in groups:
+        some = [row for row in rows if (row.model, row.world) == (model, world)]
+        yield (
+            f"| {model} | {world} | {len(some):,} | {sum(not row.equal for row in some)} | "
+            f"{max(row.worst for row in some):.1e} |"
+        )
+    for model, world in groups:
+        yield from ("", f"## {model}, {world} processes", "")
+        yield "| plan | loss | gradient norm | worst gradient | parameters |"
+        yield "|---|---|---|---|---|"
+        for row in rows:
+            if (row.model, row.world) == (model, world):
+                errors = " | ".join(f"{e:.0e}" for e in (row.loss, row.norm, row.gradient, row.parameter))
+                yield f"| `{row.plan}` | {row.failed + ' | | |' if row.failed else errors} |"
+
+
+if __name__ == "__main__":
+    started = perf_counter()
+    status = main()
+    print(f"{perf_counter() - started:.0f} s")
+    sys.exit(status)

@@ -1,0 +1,40 @@
+"""seqloom plan --list"""
+
+from collections.abc import Iterator
+
+from seqloom.cli.shape import model_settings
+from seqloom.errors import PlanError
+
+
+def legal_lines(
+    source: str,
+    num_tokens: int | None,
+    world: int,
+    asked: str | None,
+    heads: int | None,
+    kv_heads: int | None,
+    layers: int | None,
+) -> Iterator[str]:
+    """All legal plans of a world for a model, one a line; before them what speaks against the plan asked about.
+
+    A built-in model grows to a query head for each process and two layers for each.
+    """
+    from seqloom.plan import TINY_SHAPES, ModelShape, Plan, check, every_plan
+
+    grown = Plan(ulysses=world)  # refuses a world that cannot be
+    if source in TINY_SHAPES:
+        layers = layers or 2 * world
+    shape = ModelShape.from_config(model_settings(source, grown, num_tokens or 1, heads, kv_heads, layers))
+    if asked is not None:
+        try:
+            check(Plan.parse(asked), shape, num_tokens, world=world)
+            yield f"Legal: '{Plan.parse(asked)}'."
+        except PlanError as error:
+            yield f"Not legal: '{asked}'. {error}"
+    found = list(every_plan(shape, num_tokens, world=world))
+    yield from map(str, found)
+    length = f" and sequences of {num_tokens:,} tokens" if num_tokens else ""
+    yield (
+        f"{len(found):,} legal plans of {world} processes for {shape.family} of {shape.heads} query heads and "
+        f"{shape.layers} layers{length}."
+    )
