@@ -25,14 +25,25 @@ from seqloom.plan import (
 )
 
 LLAMA = TINY_SHAPES["llama"]
+LATENT = ("deepseek_v2", "deepseek_v3")
+OWN_KEYS = ("bloom", "gpt2", *LATENT)
+"""Families with a key head for each query head."""
+EXPERTS = {"gpt_oss": 4, "mixtral": 4, "qwen3_moe": 6, "deepseek_v2": 6, "deepseek_v3": 8}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_built_in_shapes_are_what_transformers_would_read(name: str) -> None:
     """Catches a built-in shape that is no valid model of its family, or that is refused."""
     shape = ModelShape.from_config(read_config(name))
-    bloom, own = name == "bloom", name in ("bloom", "gpt2")
-    assert (shape.family, shape.heads, shape.kv_heads, shape.head_dim) == (name, 4, 4 if own else 2, 8)
+    bloom, own, latent = name == "bloom", name in OWN_KEYS, name in LATENT
+    assert (shape.family, shape.heads, shape.kv_heads, shape.head_dim) == (
+        name,
+        4,
+        4 if own else 2,
+        10 if latent else 8,
+    )
+    assert (shape.value_dim, shape.experts) == (8, EXPERTS.get(name, 0))
+    assert shape.experts_per_token == (2 if shape.experts else 0)
     assert (shape.vocab, shape.hidden, shape.layers, shape.max_positions) == (96, 32, 2, None if bloom else 256)
     assert shape.intermediate == (128 if bloom else 48)
     assert shape.tied == (name in ("qwen2", "gemma2", "gemma3_text", "bloom", "gpt2"))
@@ -61,7 +72,7 @@ def test_no_such_model(tmp_path: Path) -> None:
     for source in ("lama", str(tmp_path), str(tmp_path / "none.json")):
         with pytest.raises(
             ModelError,
-            match=r"There is no model .*bloom, gemma2, gemma3_text, gpt2, gpt_oss, llama, mistral, qwen2, qwen3, a con",
+            match=r"There is no model .*bloom, deepseek_v2, .*, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, a con",
         ):
             read_config(source)
 
@@ -113,7 +124,8 @@ def test_grouped_heads_and_head_width_have_defaults() -> None:
         (
             {"model_type": "phi3"},
             "Model family 'phi3' is not supported yet; "
-            "supported are bloom, gemma2, gemma3_text, gpt2, gpt_oss, llama, mistral, qwen2, qwen3.",
+            "supported are bloom, deepseek_v2, deepseek_v3, gemma2, gemma3_text, gpt2, gpt_oss, llama, mistral, "
+            "mixtral, qwen2, qwen3, qwen3_moe.",
         ),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 asks for soft-capped attention scores"),
         (
@@ -131,6 +143,14 @@ def test_grouped_heads_and_head_width_have_defaults() -> None:
         (
             {**TINY_SHAPES["gpt_oss"], "output_router_logits": True},
             "output_router_logits=True asks for a loss that balances experts",
+        ),
+        (
+            {**TINY_SHAPES["mixtral"], "router_jitter_noise": 0.1},
+            "router_jitter_noise=0.1 would draw other noise under each plan",
+        ),
+        (
+            {**TINY_SHAPES["deepseek_v3"], "num_key_value_heads": 2},
+            "num_key_value_heads=2 does not fit deepseek_v3, whose latent attention has a key for each query head",
         ),
         (
             {**TINY_SHAPES["gpt2"], "add_cross_attention": True},
@@ -257,6 +277,26 @@ def test_the_sizes_are_those_that_transformers_reads() -> None:
         assert ours.intermediate == inside or 4 * theirs.hidden_size
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "experts"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, 0),
+        ("qwen3_moe", {"decoder_sparse_step": 3}, 0),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, 6),
+        ("deepseek_v3", {"first_k_dense_replace": 2}, 0),
+        ("llama", {}, 0),
+    ],
+)
+def test_layers_without_experts(family: str, changes: dict[str, Any], experts: int) -> None:
+    """Catches experts dealt out in a model whose layers are all dense."""
+    assert ModelShape.from_config({**TINY_SHAPES[family], **changes}).experts == experts
+
+
+def test_an_alias_is_the_shape_it_stands_for() -> None:
+    """Catches the issue's own name for DeepSeek's models not understood."""
+    assert read_config("deepseek") == read_config("deepseek_v3")
+
+
 def test_bloom_by_its_older_name_for_hidden() -> None:
     """Catches n_embed ignored, as configurations of the first BLOOMs spell it, and sizes it lacks asked for."""
     config = {key: value for key, value in TINY_SHAPES["bloom"].items() if key != "hidden_size"} | {"n_embed": 64}
@@ -319,9 +359,9 @@ def test_a_grown_shape_fits_its_plan(name: str, ulysses: int, ring: int, more: i
     num_tokens = shortest(plan) + more
     shape = ModelShape.from_config(fit(read_config(name), plan, num_tokens))
     assert reasons(plan, shape, num_tokens) == []
-    group = 1 if name in ("bloom", "gpt2") else 2
-    assert (shape.heads, shape.head_dim) == (group * shape.kv_heads, 8)
-    assert shape.hidden == shape.heads * shape.head_dim
+    group = 1 if name in OWN_KEYS else 2
+    assert (shape.heads, shape.value_dim) == (group * shape.kv_heads, 8)
+    assert shape.hidden == shape.heads * shape.value_dim
     assert shape.max_positions == (None if name == "bloom" else max(256, num_tokens))
     assert shape.heads == max(4, -(-ulysses // group) * group)
 
@@ -343,7 +383,7 @@ def test_heads_grow_to_the_tensor_grid(text: str, heads: int, kv_heads: int) -> 
     plan = Plan.parse(text)
     for family in FAMILIES:
         shape = ModelShape.from_config(fit(read_config(family), plan, shortest(plan)))
-        own = family in ("bloom", "gpt2")
+        own = family in OWN_KEYS
         least = next(n for n in range(4, 99) if n % plan.tensor_grid.heads == 0 and n >= heads) if own else heads
         assert shape.heads == min(heads, least) or own
         assert shape.hidden == 8 * shape.heads and shape.heads % plan.tensor_grid.heads == 0

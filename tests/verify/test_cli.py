@@ -187,7 +187,10 @@ REFUSED = {
     "--model llama --plan ring=2 --seq-len 1": ["1 tokens are too few", "ring=2"],
     "--model llama --plan ring=x": ["ring=x is not a whole number"],
     "--model llama --plan rnig=2": ["'rnig'", "did you mean 'ring'"],
-    "--model lama --plan ring=2": ["no model 'lama'", "bloom, gemma2, gemma3_text, gpt2, gpt_oss, llama"],
+    "--model lama --plan ring=2": [
+        "no model 'lama'",
+        "bloom, deepseek_v2, deepseek_v3, gemma2, gemma3_text, gpt2, gpt_oss, llama",
+    ],
     "--model llama --plan ulysses=16 --heads 12": ["12", "ulysses=16", "Try"],
     "--model llama --plan ring=2 --window 0": ["window of 0"],
     "--model llama --plan ring=2 --prefix -1": ["prefix of -1"],

@@ -3,7 +3,7 @@
 from typing import Any
 
 from seqloom.errors import ConfigError, ModelError
-from seqloom.plan import TINY_SHAPES, Plan, fit, read_config
+from seqloom.plan import ALIASES, TINY_SHAPES, Plan, fit, read_config
 
 
 def model_settings(
@@ -11,7 +11,7 @@ def model_settings(
 ) -> dict[str, Any]:
     """The Hugging Face configuration of `--model`, with `--heads`, `--kv-heads` and `--layers` laid over it."""
     config = read_config(source)
-    if source in TINY_SHAPES:
+    if ALIASES.get(source, source) in TINY_SHAPES:
         return fit(config, plan, num_tokens, heads=heads, kv_heads=kv_heads, layers=layers)
     if (heads, kv_heads, layers) != (None, None, None):
         raise ModelError(

@@ -6,9 +6,10 @@ from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
-from seqloom.plan.tiny import FAMILIES, TINY_SHAPES, fit, read_config
+from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, read_config
 
 __all__ = [
+    "ALIASES",
     "FAMILIES",
     "TINY_SHAPES",
     "Direction",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seqloom.errors import ModelError
-from seqloom.plan.tiny import FAMILIES
+from seqloom.plan.tiny import EXPERTS, FAMILIES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,8 @@ class ModelShape:
     windows: for each layer how many tokens a query sees, itself included, None where all; left out,
         no layer has a window. max_positions: the longest sequence, None where any length will do.
     intermediate: width of the MLP inside, by default four times hidden. tied: whether the embedding is
-        the head's weight too.
+        the head's weight too. value_dim: width of a value head, by default head_dim, that of queries and keys.
+    experts: of a layer that has them, 0 where none has; a token goes to experts_per_token of them.
     unsupported: a sentence for each feature that no plan honours yet.
     """
 
@@ -30,6 +31,9 @@ class ModelShape:
     windows: tuple[int | None, ...] = ()
     intermediate: int = 0
     tied: bool = False
+    value_dim: int = 0
+    experts: int = 0
+    experts_per_token: int = 0
     unsupported: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -37,6 +41,8 @@ class ModelShape:
             object.__setattr__(self, "windows", (None,) * self.layers)
         if not self.intermediate:
             object.__setattr__(self, "intermediate", 4 * self.hidden)
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -65,7 +71,7 @@ class ModelShape:
             if key in values and (type(values[key]) is not int or values[key] < 1):
                 raise ModelError(f"The model configuration's {key} is {values[key]!r}, not a whole number above 0.")
         heads = values["num_attention_heads"]
-        kv_heads = values.get("num_key_value_heads", heads)
+        kv_heads = heads if family in _LATENT else values.get("num_key_value_heads", heads)
         if heads % kv_heads:
             raise ModelError(
                 f"{heads} query heads cannot share {kv_heads} key/value heads evenly; use a divisor of {heads}."
@@ -82,17 +88,29 @@ class ModelShape:
             layers=values["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=values.get("head_dim", values["hidden_size"] // heads),
+            head_dim=_head_dim(family, values),
             max_positions=values.get("max_position_embeddings"),
             windows=_windows(family, values),
             intermediate=values.get("intermediate_size", 0),
             tied=values.get("tie_word_embeddings", False) is True,
+            value_dim=values["v_head_dim"] if family in _LATENT else 0,
+            experts=_experts(family, values),
+            experts_per_token=values.get("num_experts_per_tok", 0),
             unsupported=tuple(_unsupported(config)),
         )
 
 
 _NEEDED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-_OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window", "intermediate_size")
+_OPTIONAL = (
+    "num_key_value_heads",
+    "head_dim",
+    "sliding_window",
+    "intermediate_size",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "num_experts_per_tok",
+)
 _QWEN: dict[str, Any] = {
     "num_key_value_heads": 32,
     "sliding_window": 4096,
@@ -106,6 +124,14 @@ _GEMMA: dict[str, Any] = {
     "intermediate_size": 9216,
     "tie_word_embeddings": True,
 }
+_DEEPSEEK: dict[str, Any] = {
+    "intermediate_size": 11_008,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "n_routed_experts": 64,
+    "first_k_dense_replace": 0,
+}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11_008},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "intermediate_size": 14_336},
@@ -113,11 +139,43 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_QWEN, "head_dim": 128},
     "gemma2": _GEMMA,
     "gemma3_text": {**_GEMMA, "sliding_window_pattern": 6},
-    "gpt_oss": {"num_key_value_heads": 8, "sliding_window": 128, "head_dim": 64, "intermediate_size": 2880},
+    "gpt_oss": {
+        "num_key_value_heads": 8,
+        "sliding_window": 128,
+        "head_dim": 64,
+        "intermediate_size": 2880,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+    },
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "intermediate_size": 6144,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+    },
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": {
+        **_DEEPSEEK,
+        "intermediate_size": 18_432,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+    },
     "bloom": {"tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True},
 }
 """What transformers takes where a configuration does not say, as far as a plan depends on it."""
+
+_LATENT = ("deepseek_v2", "deepseek_v3")
+"""Families of multi-head latent attention: a key and a value for each query head, of widths of their own."""
 
 _NAMES = {
     "bloom": {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embed"},
@@ -156,11 +214,38 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
 _NULLS = ("num_key_value_heads", "sliding_window")
 
 
+def _head_dim(family: str, values: Mapping[str, Any]) -> int:
+    """The width of a query and key head."""
+    if family in _LATENT:  # where head_dim is the rotated part of it
+        width: int = values["qk_nope_head_dim"] + values["qk_rope_head_dim"]
+    else:
+        width = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    return width
+
+
+def _experts(family: str, values: Mapping[str, Any]) -> int:
+    """The experts of a layer that has them; 0 where no layer has. Raises ModelError for what is no number."""
+    key = next((key for key in EXPERTS if key in values), None)
+    if key is None:
+        return 0
+    if type(values[key]) is not int or values[key] < 0:
+        raise ModelError(f"The model configuration's {key} is {values[key]!r}, not a whole number.")
+    layers, number = values["num_hidden_layers"], int(values[key])
+    if family in _LATENT and values["first_k_dense_replace"] >= layers:
+        return 0
+    dense = values.get("mlp_only_layers") or ()
+    step = values.get("decoder_sparse_step", 1)
+    sparse = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
+    return number if family != "qwen3_moe" or sparse else 0
+
+
 def _windows(family: str, values: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Each layer's attention window, as transformers gives it to the layer."""
     layers: int = values["num_hidden_layers"]
     window: int | None = values.get("sliding_window")
-    if family == "mistral":
+    if family == "qwen3_moe" and not values.get("use_sliding_window"):
+        window = None
+    if family in ("mistral", "mixtral", "qwen3_moe"):
         return (window,) * layers
     if family not in ("qwen2", "qwen3", *_ALTERNATING):  # Llama and BLOOM have none
         return (None,) * layers
@@ -216,6 +301,16 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     ):
         if config.get(key):
             found.append(f"{key}={config[key]} asks for {what}, which is not supported yet; set it to false.")
+    if config.get("router_jitter_noise"):
+        found.append(
+            f"router_jitter_noise={config['router_jitter_noise']} would draw other noise under each plan; set it to 0."
+        )
+    keys, heads = config.get("num_key_value_heads"), config.get("num_attention_heads")
+    if family in _LATENT and keys not in (None, heads):
+        found.append(
+            f"num_key_value_heads={keys} does not fit {family}, whose latent attention has a key for each query head; "
+            f"set it to {heads}."
+        )
     if family == "bloom" and config.get("slow_but_exact") and config.get("pretraining_tp", 1) > 1:
         found.append(
             "slow_but_exact=true with pretraining_tp above 1 leaves out biases, which is not supported; "

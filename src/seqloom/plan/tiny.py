@@ -22,6 +22,19 @@ _TINY: dict[str, Any] = {
     "initializer_range": 0.2,
 }
 
+_MLA: dict[str, Any] = {
+    **{key: value for key, value in _TINY.items() if key not in ("num_key_value_heads", "head_dim")},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+}
+"""Multi-head latent attention: keys 10 wide, values 8."""
+
 TINY_SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **_TINY},
     "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], **_TINY, "sliding_window": None},
@@ -81,11 +94,49 @@ TINY_SHAPES: dict[str, dict[str, Any]] = {
         "eos_token_id": None,
         "initializer_range": 0.2,
     },
+    "mixtral": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        **_TINY,
+        "sliding_window": None,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        **_TINY,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        "architectures": ["DeepseekV2ForCausalLM"],
+        **_MLA,
+        "n_routed_experts": 6,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **_MLA,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,  # the first layer has no experts
+    },
 }
 """Small models by name, for checks and demonstrations; `fit` grows them to a plan."""
 
 FAMILIES = tuple(sorted(TINY_SHAPES))
 """The model types that run exactly today."""
+
+ALIASES = {"deepseek": "deepseek_v3"}
+"""Other names of built-in shapes."""
 
 
 def read_config(source: str) -> dict[str, Any]:
@@ -93,6 +144,7 @@ def read_config(source: str) -> dict[str, Any]:
 
     Raises ModelError when there is none.
     """
+    source = ALIASES.get(source, source)
     if source in TINY_SHAPES:
         return dict(TINY_SHAPES[source])
     path = Path(source)
@@ -126,8 +178,9 @@ def fit(
 
     Heads grow in whole groups, and to a multiple of the ranks that a tensor grid splits them over, until
     every rank that trades tokens for heads has a query head; there may be fewer key/value heads. Layers
-    grow to at least the pipeline's stages, positions to the sequence length, hidden to heads x
-    head_dim. Raises ModelError for key/value heads of their own where the family has none.
+    grow to at least the pipeline's stages, positions to the sequence length, hidden with the heads, experts
+    to one for each rank they are dealt to. Raises ModelError for key/value heads of their own where the family
+    has none.
     """
     family = config["model_type"]
     if family in _OWN_NAMES:
@@ -142,6 +195,7 @@ def fit(
         if "positions" in own:
             grown[own["positions"]] = max(config[own["positions"]], num_tokens)
         return {**config, **grown, own["layers"]: _layers(config[own["layers"]], plan, layers)}
+    each = config["hidden_size"] // config["num_attention_heads"]
     group = config["num_attention_heads"] // config["num_key_value_heads"]
     if heads is None:
         heads = _heads(plan, config["num_attention_heads"], group) if kv_heads is None else kv_heads * group
@@ -150,11 +204,24 @@ def fit(
         **config,
         "num_key_value_heads": heads if kv_heads is None else kv_heads,
         "num_attention_heads": heads,
-        "hidden_size": heads * config["head_dim"],
+        "hidden_size": heads * each,
         "num_hidden_layers": _layers(config["num_hidden_layers"], plan, layers),
         "max_position_embeddings": max(config["max_position_embeddings"], num_tokens),
+        **_experts(config, plan),
     }
 
+
+def _experts(config: Mapping[str, Any], plan: Plan) -> dict[str, int]:
+    """The number of experts, under the name that the family has for it; groups of experts stay of equal size."""
+    key = next((key for key in EXPERTS if key in config), None)
+    if key is None:
+        return {}
+    groups = config.get("n_group") or 1
+    return {key: max(config[key], -(-plan.expert // groups) * groups)}
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What families call the number of experts of a layer."""
 
 _OWN_NAMES = {
     "bloom": {"heads": "n_head", "hidden": "hidden_size", "layers": "n_layer"},

@@ -65,11 +65,11 @@ def attention_bytes(  # noqa: PLR0913
     `exchange=needed` and `layout=balanced` look at more than their number. layout: who holds which
     tokens, by default the plan's, evened out over `masks` where it is balanced. item_bytes: size of an
     activation element; accumulate_bytes: of a gradient that is summed on its way (at least 4).
-    value_dim: width of a value head, by default that of the others.
+    value_dim: width of a value head, by default the model's.
     """
     layout = layout or Layout(plan.layout, num_tokens, plan.attention_ring, plan.attention_ulysses, tuple(masks))
     heads = HeadSplit(*local_heads(plan, model, heads_rank), plan.attention_ulysses)
-    key_dim, value_dim = model.head_dim, value_dim or model.head_dim
+    key_dim, value_dim = model.head_dim, value_dim or model.value_dim
     width = heads.keys(ulysses_rank).size * (key_dim + value_dim)
     sent = {}
     for axis, (blocks, gradients) in _ring_tokens(plan, layout, masks, ring_rank).items():
