@@ -9,7 +9,8 @@ import yaml
 
 from seqloom.errors import ConfigError
 from seqloom.plan import TINY_SHAPES, Plan
-from seqloom.train.config import Config, load_config
+from seqloom.train.config import Config
+from seqloom.train.reading import load_config
 
 MINIMAL = {"model": {"path": "llama"}, "data": {"files": ["*.txt"]}, "train": {"steps": 10}}
 

@@ -1,8 +1,9 @@
 """Training: text, steps, checkpoints and the loop."""
 
-from seqloom.train.config import Config, load_config
+from seqloom.train.config import Config
 from seqloom.train.loop import Summary, train
 from seqloom.train.prepare import prepare
+from seqloom.train.reading import load_config
 from seqloom.train.step import StepReport, apply_gradients, compute_gradients, computing
 
 __all__ = [

@@ -1,17 +1,14 @@
 """The settings of a training run: a YAML file and overrides, checked whole before anything starts."""
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
-from seqloom.errors import ConfigError, ModelError, PlanError
+from seqloom.errors import ModelError, PlanError
 from seqloom.plan import ModelShape, Plan, read_config
+from seqloom.train.wording import did_you_mean, shown
 
 Precision = Literal["float32", "bf16"]
 
@@ -20,7 +17,7 @@ def _read_plan(value: object) -> Plan:
     if isinstance(value, Plan):
         return value
     if not isinstance(value, str):
-        raise ValueError(f"plan is {_shown(value)}; it must be a string such as 'ring=2 ulysses=2'.")
+        raise ValueError(f"plan is {shown(value)}; it must be a string such as 'ring=2 ulysses=2'.")
     try:
         return Plan.parse(value)
     except PlanError as error:
@@ -37,13 +34,13 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Frozen; unknown keys and values of another type are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is trained; `path`, `config` or both.
 
     path: a folder that holds config.json (and weights, if training goes on from some), a JSON
@@ -76,7 +73,7 @@ class ModelConfig(_Section):
         return self
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What text is read, and how it becomes sequences.
 
     files: globs (`**` reaches into folders, `~` is the home folder, `{stdlib}` the folder of this
@@ -103,7 +100,7 @@ class DataConfig(_Section):
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How the weights are changed.
 
     steps: optimizer steps of the whole run.
@@ -158,7 +155,7 @@ class TrainConfig(_Section):
         return self
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Where a run writes, and how long it waits.
 
     folder: takes metrics and checkpoints. Relative to the working directory.
@@ -173,7 +170,7 @@ class RunConfig(_Section):
     timeout_seconds: Seconds = 300.0
 
 
-class Config(_Section):
+class Config(Section):
     """Everything a training run is told.
 
     plan: how it is split over processes, as `Plan` prints; nothing said is one process.
@@ -184,87 +181,6 @@ class Config(_Section):
     data: DataConfig
     train: TrainConfig
     run: RunConfig = RunConfig()
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, lay overrides such as `train.steps=100` over it, and check the whole.
-
-    The value of an override is read as YAML. Raises ConfigError that says everything wrong at once.
-    """
-    values = _read_yaml(Path(path))
-    found = [reason for override in overrides if (reason := _override(values, override))]
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        found += [_sentence(detail) for detail in error.errors()]
-    if found:
-        raise ConfigError(f"{path}: " + " Also: ".join(dict.fromkeys(found)))
-    return config
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number, as in YAML 1.2, and a key said twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise yaml.MarkedYAMLError(problem=f"'{twice[0]}' is said twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-# PyYAML calls 3e-4 and 1.5e3 strings: it wants a point and a signed exponent.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-# A date such as 2024-99-99 is a ValueError to PyYAML, and very deep nesting a RecursionError.
-_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no file {path}; give the path of a YAML configuration.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as text ({error}); give the path of a YAML configuration.") from error
-    try:
-        values = yaml.load(text, _Loader)
-    except _UNREADABLE as error:
-        raise ConfigError(f"{path} is not readable as YAML: {_yaml_problem(error)}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds {_kind(values)}; a configuration has sections: {', '.join(Config.model_fields)}."
-        )
-    return values
-
-
-def _yaml_problem(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"{error.problem or error.context} at line {mark.line + 1}, column {mark.column + 1}"
-    return " ".join(str(error).split())
-
-
-def _override(values: dict[Any, Any], override: str) -> str | None:
-    """Lay one `section.key=value` over the values, or say why it cannot be."""
-    name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        return f"The override '{override}' is not of the form section.key=value."
-    try:
-        value = yaml.load(text, _Loader)
-    except _UNREADABLE as error:
-        return f"The value in the override '{override}' is not readable as YAML ({_yaml_problem(error)}); quote it."
-    place = values
-    for depth, key in enumerate(keys[:-1], start=1):
-        inner = place.setdefault(key, {})
-        if not isinstance(inner, dict):
-            section = ".".join(keys[:depth])
-            return f"The override '{override}' reaches into {section}, which is {_shown(inner)}, not a section."
-        place = inner
-    place[keys[-1]] = value
-    return None
 
 
 def _family_reasons(given: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:
@@ -285,102 +201,9 @@ def _family_reasons(given: Mapping[str, Any], settings: Mapping[str, Any]) -> It
         if key in ("dtype", "torch_dtype"):
             yield f"model.config.{key} has no effect, since weights are float32; set train.precision to bf16 instead."
         elif key not in known:
-            guess = _did_you_mean(key, known, "model.config.")
+            guess = did_you_mean(key, known, "model.config.")
             yield f"model.config.{key} is not a setting of {family.model_type}{guess}."
     try:
         family(**settings)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         yield f"transformers refuses the model configuration ({' '.join(str(error).split())})."
-
-
-def _sentence(error: ErrorDetails) -> str:
-    """One of pydantic's errors as a sentence with the fact, the limit and the way out."""
-    place, kind, limits = error["loc"], error["type"], error.get("ctx", {})
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
-    if kind == "value_error":
-        return str(limits["error"])
-    if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown(".".join(map(str, place)))
-    if kind == "missing" and isinstance(place[-1], int):
-        return f"{name.rpartition('[')[0]} has {place[-1]} entries, which is too few."
-    if kind == "missing":
-        return f"{name} is missing; it has no default."
-    if kind in ("too_short", "too_long"):
-        bound, number = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
-        return f"{name} has {limits['actual_length']} entries; it must have {bound} {limits[number]}."
-    return f"{name} is {_shown(error['input'])}; it must be {_wanted(kind, limits, error['msg'])}."
-
-
-def _wanted(kind: str, limits: Mapping[str, Any], message: str) -> str:
-    bounds = {
-        "greater_than": "above",
-        "greater_than_equal": "at least",
-        "less_than": "below",
-        "less_than_equal": "at most",
-    }
-    if kind in bounds:
-        return f"{bounds[kind]} {next(iter(limits.values())):g}"
-    if kind == "literal_error":
-        return f"{limits['expected']}"
-    return _WANTED.get(kind, message)
-
-
-_WANTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "a string",
-    "string_too_short": "a string that is not empty",
-    "path_type": "the path of a folder",
-    "tuple_type": "a list",
-    "dict_type": "a section",
-    "model_type": "a section",
-}
-
-
-def _kind(value: object) -> str:
-    """What YAML calls the type of a value, with its article."""
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "a section",
-    }
-    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def _shown(value: object) -> str:
-    """A value as its author wrote it, with its type where that is not plain to see."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    text = text if len(text) <= 60 else text[:57] + "..."
-    return f"{text} ({_kind(value)})" if isinstance(value, (str, list, dict)) else text
-
-
-def _unknown(name: str) -> str:
-    section, _, key = name.rpartition(".")
-    names = list(_names(Config))
-    # A key in the wrong section is likelier than a misspelt one.
-    moved = [other for other in names if other.rpartition(".")[2] == key]
-    if moved:
-        return f"{name} is not a setting (did you mean '{moved[0]}'?)."
-    siblings = [other.rpartition(".")[2] for other in names if other.rpartition(".")[0] == section]
-    guess = _did_you_mean(key, siblings, f"{section}." if section else "")
-    return f"{name} is not a setting{guess or '; there are ' + ', '.join(siblings)}."
-
-
-def _names(section: type[_Section], prefix: str = "") -> Iterator[str]:
-    """The dotted path of every setting."""
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from _names(field.annotation, f"{prefix}{name}.")
-
-
-def _did_you_mean(name: str, known: Iterable[str], prefix: str) -> str:
-    close = get_close_matches(name, known, 1)
-    return f" (did you mean '{prefix}{close[0]}'?)" if close else ""
