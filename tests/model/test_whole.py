@@ -14,8 +14,7 @@ from model.dense import TOKENS, batch_of, build, dense_loss, gradients
 from pool import Pool
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric
-from seqloom.model import install_save, parallelize, sum_gradients, token_loss, whole_tensors
-from seqloom.model.whole import held_tensors
+from seqloom.model import count_copies, lasting, parallelize, sum_gradients, token_loss, whole_tensors
 from seqloom.plan import Plan, Side, fit, read_config
 from seqloom.sequence import shard_batch
 from seqloom.tensor import TensorGroup, split
@@ -59,8 +58,10 @@ def whole_of(text: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]
     held.norm.grad = None
     outer = nn.ModuleDict({"inside": held})
     found = whole_tensors(outer, fabric), whole_tensors(outer, fabric, "gradient")
+    assert count_copies(outer, fabric)
+    assert held.plain.copies == held.norm.copies == fabric.world.size
     fabric.close()
-    return *found, list(held_tensors(held))
+    return *found, list(lasting(held))
 
 
 @pytest.mark.parametrize("text", GRIDS)
@@ -75,7 +76,7 @@ def test_parts_become_the_whole(pool: Pool, text: str) -> None:
         assert all(torch.equal(parameters[name], expected[name]) for name in expected)
         assert found.keys() == expected.keys() - {"inside.norm"}
         assert all(torch.equal(found[name], 2 * expected[name]) for name in found)
-        assert named == [*SHAPES, "tied", "plain", "lasting"]
+        assert named == [*SHAPES, "plain", "lasting"]
 
 
 FAMILIES = [
@@ -130,8 +131,7 @@ def test_a_state_of_parts_is_refused(pool: Pool, tmp_path: Path, option: str) ->
 
 def test_a_model_that_is_not_split_keeps_its_method() -> None:
     """Catches a method that waits for ranks where one may save alone."""
-    model = build("llama")
-    install_save(model, Fabric.build(Plan(ring=1)))
+    model = parallelize(build("llama"), Fabric.build(Plan()))
     assert "save_pretrained" not in vars(model)
 
 

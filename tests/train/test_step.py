@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pool import Pool
 from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric
-from seqloom.model import build_model, main_gradients, parallelize, whole_tensors
+from seqloom.model import build_model, count_copies, main_gradients, parallelize, whole_tensors
 from seqloom.plan import Plan, Side, read_config
 from seqloom.sequence import NO_LABEL, Batch
 from seqloom.tensor import TensorGroup, split
@@ -172,6 +172,7 @@ def norm_of(text: str, shards: dict[str, int | None]) -> tuple[float, float]:
         model[str(number)] = whole if held is None else split(whole, group, held, Side((), None))
         model[str(number)].grad = model[str(number)].detach().clone()
         squares += float(whole.detach().double().square().sum())
+    count_copies(model, fabric)
     with patch.object(step, "PIECE", 4):
         return gradient_norm(model, fabric), squares**0.5
 

@@ -247,6 +247,31 @@ def broadcast_(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     return tensor
 
 
+def send(tensor: Tensor, axis: Axis, source: int, target: int = 0) -> Tensor:
+    """Overwrite `tensor` on rank `target` of the axis with that of rank `source`; the others do nothing.
+
+    It must be contiguous on these two.
+    """
+    if source == target or axis.rank not in (source, target):
+        return tensor
+    leaving, arriving = ({target: [tensor]}, {}) if axis.rank == source else ({}, {source: [tensor]})
+    if leaving:
+        axis.meter.add(axis.name, _bytes(tensor))
+    with _naming("send", axis):
+        for work in _start_messages(leaving, arriving, axis, tag=0):
+            work.wait()
+    return tensor
+
+
+def gather_values(value: Any, axis: Axis) -> list[Any]:
+    """Every rank's small value, in rank order, on all of them; it travels by pickle and is not metered."""
+    found: list[Any] = [value] * axis.size
+    if axis.size > 1:
+        with _naming("gather", axis):
+            distributed.all_gather_object(found, value, group=axis.group)
+    return found
+
+
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:

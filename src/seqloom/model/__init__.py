@@ -10,21 +10,26 @@ from seqloom.model.gradients import (
     sum_gradients,
 )
 from seqloom.model.parallelize import layer_windows, parallelize, token_loss
+from seqloom.model.pieces import Piece, count_copies, pieces
 from seqloom.model.probe import probe
-from seqloom.model.whole import held_tensors, install_save, save_whole, whole_tensors
+from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
 
 __all__ = [
+    "Piece",
+    "assemble",
     "build_model",
     "clear_gradients",
     "copies",
+    "count_copies",
     "gradient",
     "hand_over",
-    "held_tensors",
     "install_save",
+    "lasting",
     "layer_windows",
     "main_gradients",
     "outline",
     "parallelize",
+    "pieces",
     "probe",
     "save_whole",
     "sum_gradients",

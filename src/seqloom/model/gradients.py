@@ -66,12 +66,12 @@ def clear_gradients(model: nn.Module) -> None:
             parameter.main_grad = None  # type: ignore[attr-defined]
 
 
-def copies(tensor: Tensor, fabric: Fabric) -> int:
-    """How many ranks of the tensor group hold the same element of a parameter or gradient."""
-    if not isinstance(tensor, DTensor):
-        return fabric.tensor.size
-    mesh, placements = tensor.device_mesh, tensor.placements
-    return prod(mesh.size(dim) for dim, placement in enumerate(placements) if not isinstance(placement, Shard))
+def copies(parameter: Tensor, fabric: Fabric) -> int:
+    """How many ranks hold the same elements of a parameter and of its gradient; `parallelize` counted them."""
+    held: int | None = getattr(parameter, "copies", None)
+    if held is None and isinstance(parameter, DTensor):
+        raise ModelError("A split parameter was converted after parallelize; convert the model before parallelize.")
+    return fabric.world.size if held is None else held
 
 
 def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
@@ -146,11 +146,17 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
             yield filling.pop(key), _axes(names, fabric)
             held[key] = 0
         filling.setdefault(key, []).append(local(found))
-        held[key] = (
-            held.get(key, 0) + found.numel() * found.element_size() * copies(found, fabric) // fabric.tensor.size
-        )
+        held[key] = held.get(key, 0) + found.element_size() * _even_share(parameter)
     for (names, _), parts in filling.items():
         yield parts, _axes(names, fabric)
+
+
+def _even_share(parameter: Tensor) -> int:
+    """The elements of a rank's part, were all parts alike."""
+    if not isinstance(parameter, DTensor):
+        return parameter.numel()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return parameter.numel() // prod(mesh.size(dim) for dim, one in enumerate(placements) if isinstance(one, Shard))
 
 
 def _axes(names: tuple[str, ...], fabric: Fabric) -> tuple[Axis, ...]:

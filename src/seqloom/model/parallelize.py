@@ -11,6 +11,7 @@ from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.memory import chunked_cross_entropy
 from seqloom.model.families import layers
+from seqloom.model.pieces import count_copies, tied_names
 from seqloom.model.probe import connect, probe
 from seqloom.model.tensor import split_model
 from seqloom.model.whole import install_save
@@ -47,6 +48,7 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     probe(model, fabric.plan)
     connect(model)
     group = TensorGroup.of(fabric)
+    model._tied_names = tied_names(model)
     for part in (model, model.base_model):
         part.register_forward_pre_hook(_refuse_what_is_whole, with_kwargs=True)
     for part in (model.base_model, *layers(model)):
@@ -62,9 +64,10 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
             module._buffers.update(
                 {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
             )
+    _draw_dropouts(model, group)
+    if count_copies(model, fabric):
         install_save(model, fabric)
         model._split_by = fabric.plan
-    _draw_dropouts(model, group)
     return model
 
 

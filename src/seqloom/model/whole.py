@@ -1,8 +1,9 @@
 """Whole tensors by the names of the Hugging Face model, whatever a plan has split or taken apart."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqloom.errors import ModelError
-from seqloom.fabric import Fabric, barrier
+from seqloom.fabric import Fabric, barrier, broadcast_, send
 from seqloom.model.gradients import gradient
-from seqloom.tensor import whole
+from seqloom.model.pieces import Part, Piece, holders, pieces, tied_names
 
 
 def whole_tensors(
@@ -22,26 +23,63 @@ def whole_tensors(
     """Every parameter, or every gradient there is, as one device would hold it, by its Hugging Face name.
 
     Every rank calls it together and gets the same. A parameter that is tied to another stands under the
-    first of its names; one without a gradient is left out. What a plan did not split is not copied. A module
-    whose parameters are parts of a packed one says so in `packed`: the packed name inside the module, and
-    with it the names of the parts in order and the dim along which they are laid end to end.
+    first of its names; one without a gradient is left out. What all ranks hold whole is not copied.
     """
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         found = parameter if kind == "parameter" else gradient(parameter)
         if found is not None:
             named[name] = found
-    return {name: _rejoined(parts, dim, fabric) for name, parts, dim in _unpacked(model, named)}
+    return dict(assemble(pieces(model, named), fabric))
 
 
-def held_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What a state dict of `model` is of, as this rank holds it and sharing its memory: parts where it is split."""
-    return {name: tensor.detach() for name, tensor in _named_tensors(model).items()}
+def assemble(held: Iterable[Piece], fabric: Fabric, target: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of all pieces of all ranks, one after the other.
+
+    Every rank calls it together and goes through all of it. target: the only rank that gets the wholes, the others
+    get empty tensors; by default every rank does. Each box travels once, from the first rank that holds it, and what
+    a rank holds whole it is not sent. Raises ModelError for a name of which boxes are missing.
+    """
+    held = list(held)
+    mine = {(piece.name, piece.box): piece.tensor for piece in held}
+    for name, (shape, parts) in holders(held, fabric).items():
+        if sum(prod(part.box[1]) for part in parts) < prod(shape):
+            raise ModelError(
+                f"Some ranks hold {name} and others nothing of it, so its {list(shape)} are not all there."
+            )
+        whole: Tensor | None = None
+        for part in parts:
+            arrived = _brought(mine.get((name, part.box)), part, fabric, target)
+            if arrived is None or arrived.shape == shape:
+                whole = arrived
+                continue
+            if whole is None:
+                whole = arrived.new_empty(shape)
+            whole[tuple(slice(start, start + size) for start, size in zip(*part.box, strict=True))] = arrived
+        yield name, torch.empty(0) if whole is None else whole
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones under each of their names, and lasting buffers."""
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+def _brought(mine: Tensor | None, part: Part, fabric: Fabric, target: int | None) -> Tensor | None:
+    """A box where it is wanted; None on other ranks."""
+    source, world = part.holders[0], fabric.world
+    here = target is None or target == fabric.rank
+    served = part.holders if target is None else [rank for rank in part.holders if rank == target]
+    if len(served) < (world.size if target is None else 1) and prod(part.box[1]):
+        if mine is None and (here or target is None):
+            device = fabric.device if part.device == fabric.device.type else part.device
+            mine = torch.empty(part.box[1], dtype=part.dtype, device=device)
+        if mine is not None and target is None:
+            mine = broadcast_(mine.contiguous(), world, source)
+        elif mine is not None and target is not None:
+            mine = send(mine.contiguous(), world, source, target)
+    elif here and mine is None:
+        mine = torch.empty(part.box[1], dtype=part.dtype)
+    return mine if here else None
+
+
+def lasting(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and lasting buffers by the names that `model` has, tied ones once: what a checkpoint is of."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
@@ -61,49 +99,23 @@ def save_whole(fabric: Fabric, model: PreTrainedModel, save_directory: str | Pat
                 f"save_pretrained was given {name}, but under '{fabric.plan}' it gathers the whole weights itself; "
                 "leave it out."
             )
-    if fabric.replicas.rank == 0 and fabric.pipeline.rank == 0:
-        state = _whole_state(model, fabric)
-        if fabric.rank == 0:
-            model.__class__.save_pretrained(model, save_directory, state_dict=state, **asked)
+    state = _whole_state(model, fabric)
+    if fabric.rank == 0:
+        model.__class__.save_pretrained(model, save_directory, state_dict=state, **asked)
     barrier(fabric.world)
 
 
 def install_save(model: PreTrainedModel, fabric: Fabric) -> None:
-    """Make this instance's `save_pretrained` write ordinary weights, where a plan splits its parameters."""
-    if fabric.tensor.size > 1:
-        # Weak: a model that holds itself would keep its process groups until the next collection.
-        model.save_pretrained = partial(save_whole, fabric, weakref.proxy(model))  # type: ignore[method-assign]
+    """Make this instance's `save_pretrained` gather ordinary weights, to be called by all ranks together."""
+    # Weak: a model that holds itself would keep its process groups until the next collection.
+    model.save_pretrained = partial(save_whole, fabric, weakref.proxy(model))  # type: ignore[method-assign]
 
 
 def _whole_state(model: nn.Module, fabric: Fabric) -> dict[str, Tensor]:
     """On rank 0 the model's state dict of whole tensors on the CPU, tied ones shared; on others of empty ones."""
     state: dict[str, Tensor] = {}
-    made: dict[int, Tensor] = {}
-    for name, parts, dim in _unpacked(model, _named_tensors(model)):
-        if id(parts[0]) not in made:
-            full = _rejoined(parts, dim, fabric)
-            made[id(parts[0])] = full.cpu() if fabric.rank == 0 else full.new_empty(0)
-        state[name] = made[id(parts[0])]
+    for name, full in assemble(pieces(model, lasting(model)), fabric, target=0):
+        state[name] = full.cpu()
+    for name, first in tied_names(model).items():
+        state[name] = state[first]
     return state
-
-
-def _unpacked(model: nn.Module, named: Mapping[str, Tensor]) -> Iterator[tuple[str, list[Tensor], int]]:
-    """(Hugging Face name, its parts, the dim they are joined along) of tensors named as the split model has them."""
-    member: dict[str, tuple[str, tuple[str, ...], int]] = {}
-    for prefix, module in model.named_modules():
-        packed: Mapping[str, tuple[tuple[str, ...], int]] = getattr(module, "packed", {})
-        inside = f"{prefix}." if prefix else ""
-        for joined, (parts, dim) in packed.items():
-            names = tuple(inside + part for part in parts)
-            member |= dict.fromkeys(names, (inside + joined, names, dim))
-    for name, tensor in named.items():
-        if name not in member:
-            yield name, [tensor], 0
-        elif name == member[name][1][0]:
-            joined, names, dim = member[name]
-            yield joined, [named[part] for part in names], dim
-
-
-def _rejoined(parts: list[Tensor], dim: int, fabric: Fabric) -> Tensor:
-    full = [whole(part.detach(), fabric.grid) for part in parts]
-    return full[0] if len(full) == 1 else torch.cat(full, dim)

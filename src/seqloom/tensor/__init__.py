@@ -6,7 +6,7 @@ from seqloom.tensor.group import TensorGroup, Transfer
 from seqloom.tensor.head import split_head
 from seqloom.tensor.modules import ParallelLinear, Placeholder, Siblings
 from seqloom.tensor.norm import ParallelLayerNorm, ParallelRMSNorm
-from seqloom.tensor.parameters import local, split, whole
+from seqloom.tensor.parameters import Slot, local, split, whole
 from seqloom.tensor.regions import (
     copy_to_tensor_region,
     gather_from_sequence_parallel_region,
@@ -24,6 +24,7 @@ __all__ = [
     "Placeholder",
     "PositionEmbedding",
     "Siblings",
+    "Slot",
     "TensorGroup",
     "Transfer",
     "copy_to_tensor_region",

@@ -1,6 +1,7 @@
 """Parameters split over a tensor grid: DTensors with their true global shapes."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,31 @@ from seqloom.plan import Side, chunks
 from seqloom.tensor.group import TensorGroup
 
 
+@dataclass(frozen=True)
+class Slot:
+    """Where this rank's part of a parameter lies: in a tensor of `shape`, from `offset` on in each dim.
+
+    The size of the part is that of the local tensor.
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+
 def split(whole: Tensor, group: TensorGroup, shards: Mapping[str, int | None], side: Side) -> nn.Parameter:
     """This rank's part of `whole`, which is the same on all ranks, as a parameter of its global shape.
 
     shards: for each axis of the grid the dim that is split over it; axes left out replicate. side: of the
     activations that the parameter meets. Its `sum_axes` name the axes over which its gradients must be summed:
-    those that split these activations and not the parameter.
+    those that split these activations and not the parameter. Its `slot` tells where the part lies.
     """
-    part = whole.detach()
+    part, offset = whole.detach(), [0] * whole.ndim
     for name, axis in group.axes.items():
         dim = shards.get(name)
         if dim is not None:
-            part = part.split(list(chunks(part.shape[dim], axis.size)), dim)[axis.rank]
+            sizes = chunks(part.shape[dim], axis.size)
+            offset[dim] += sum(sizes[: axis.rank])
+            part = part.split(list(sizes), dim)[axis.rank]
     # The whole may be too large for the device; only the part goes there.
     part = part.to(group.device, copy=True, memory_format=torch.contiguous_format)
     if group.mesh is not None:
@@ -31,6 +45,7 @@ def split(whole: Tensor, group: TensorGroup, shards: Mapping[str, int | None], s
         part = DTensor.from_local(part, group.mesh, placements, run_check=False, shape=shape, stride=stride)
     parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
     parameter.sum_axes = tuple(name for name in group.axes if name in side.axes and shards.get(name) is None)
+    parameter.slot = Slot(tuple(whole.shape), tuple(offset))
     return parameter
 
 

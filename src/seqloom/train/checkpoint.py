@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from seqloom.errors import CheckpointError
 from seqloom.fabric import Fabric, barrier
-from seqloom.model import held_tensors
+from seqloom.model import lasting
 
 _NAME = re.compile(r"step-(\d{6,})$")
 _PROGRESS = "progress.json"
@@ -146,10 +146,11 @@ def _whole(folder: Path) -> list[Path]:
 def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict[str, Any]:
     # Not `model.state_dict()`, which would gather what a plan holds in parts; loading fills the model itself.
     moments = get_optimizer_state_dict(model, optimizer)
+    held = {name: tensor.detach() for name, tensor in lasting(model).items()}
     random = {"cpu": torch.get_rng_state()}
     if fabric.device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state()
-    return {"model": held_tensors(model), "optimizer": moments, "random": {str(fabric.rank): random}}
+    return {"model": held, "optimizer": moments, "random": {str(fabric.rank): random}}
 
 
 def _check_names(path: Path, state: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ class _Run:
                 stopped = stop.agreed(self.fabric)
                 if stopped or step == train.steps or self._due(step):
                     self._save(step)
-        if step == train.steps and (leader or self.fabric.tensor.size > 1):  # parts are gathered by all that hold them
+        if step == train.steps and (leader or hasattr(self.model, "_split_by")):  # parts are gathered by all
             with without_progress_bars():
                 self.model.save_pretrained(folder / "model")
         if step == train.steps and leader:

@@ -76,10 +76,11 @@ def gradient_norm(model: nn.Module, fabric: Fabric) -> float:
     Every rank calls it together, after `sum_gradients`.
     """
     total = torch.zeros((), dtype=torch.float64, device=fabric.device)
-    for found in gradients(model):
-        # Those ranks of the tensor group that hold the same elements all count them.
-        total += _square(local(found)) / copies(found, fabric)
-    return all_reduce_(total, fabric.tensor).sqrt().item()
+    for parameter in model.parameters():
+        if (found := gradient(parameter)) is not None:
+            # All ranks that hold the same elements count them.
+            total += _square(local(found)) / copies(parameter, fabric)
+    return all_reduce_(total, fabric.world).sqrt().item()
 
 
 def _square(part: Tensor) -> Tensor:
