@@ -45,17 +45,19 @@ def write_text(path: Path, lines: int = 200) -> Path:
     return path
 
 
-def write_config(folder: Path, *, steps: int = 12, save_every: int | None = 4) -> Path:
-    """config.yaml for a text beside it; the run goes to `folder`/run."""
+def write_config(folder: Path, *, steps: int = 12, save_every: int | None = 4, accumulate: int | None = 2) -> Path:
+    """config.yaml for a text beside it; the run goes to `folder`/run. accumulate: None leaves it unsaid."""
     text = write_text(folder / "text.txt")
     path = folder / "config.yaml"
-    values = {
+    values: dict[str, Any] = {
         "plan": "ring=2",
         "model": {"path": "llama", "config": {"vocab_size": 257}},
         "data": {"files": [str(text)], "sequence_length": 64},
         "train": {"steps": steps, "batch": 4, "accumulate": 2, "learning_rate": 5e-3, "warmup_steps": 2},
         "run": {"folder": str(folder / "run"), "save_every": save_every, "timeout_seconds": 60},
     }
+    if accumulate is None:
+        del values["train"]["accumulate"]
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return path
 

@@ -116,6 +116,14 @@ WRONG_VALUES = [
     ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1; it must be true or false."),
     ("train.loss_chunk=0", "train.loss_chunk is 0; it must be at least 1."),
     ("train.warmup_steps=11", "train.warmup_steps is 11, more than train.steps=10; make it at most 10."),
+    ("train.micro_batch=2",
+     "train.batch is 1, which train.micro_batch=2 does not divide; make it a multiple, such as 2."),
+    ("train.rampup=[1, 1]", "train.rampup has 2 entries, which is too few."),
+    ("train.rampup=[1, 1, 8]", "train.rampup starts at 1, which is not below train.batch=1; start lower."),
+    ("train.schedule=step", "train.schedule is 'step' (a string); it must be 'cosine', 'linear', 'constant' or 'wsd'."),
+    ("train.schedule=wsd",
+     "train.schedule is 'wsd', which falls at the very end; say over how much with train.decay_steps."),
+    ("train.warmup_samples=11", "train.warmup_samples is 11, more than the 10 of train.steps=10; make it at most 10."),
     ("train=5", "train is 5; it must be a section."),
     ("train=null", "train is null; it must be a section."),
     ("data.files=a.txt", "data.files is 'a.txt' (a string); it must be a list."),
@@ -276,6 +284,37 @@ def test_demonstration_is_legal() -> None:
     assert config.plan.world_size == 4
     assert config.model.settings()["vocab_size"] == 257
     assert config.model.settings()["max_position_embeddings"] >= config.data.sequence_length >= 4096
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.batch=8", "train.accumulate=2", "train.micro_batch=2"],
+         "train.batch is 8, but train.accumulate=2 times train.micro_batch=2 is 4; leave one of them out."),
+        (["train.batch=8", "train.rampup=[2, 4, 9]"],
+         "train.rampup grows from 2 by 4, which misses train.batch=8; make its increment a divisor of 6."),
+        (["train.batch=8", "train.micro_batch=4", "train.rampup=[2, 6, 9]"],
+         "train.rampup has the start 2, which micro-batches of 4 sequences do not divide; make it a multiple of 4, "
+         "or set a smaller train.micro_batch. Also: train.rampup has the increment 6, which"),
+        (["train.warmup_steps=2", "train.decay_samples=4"],
+         "train has warm-up or decay in steps and in samples; give both in one unit."),
+        (["train.schedule=wsd", "train.warmup_steps=4", "train.decay_steps=7"],
+         "train.decay_steps is 7, but a 'wsd' schedule has 6 steps after warm-up; make it at most 6."),
+        (["train.schedule=constant", "train.decay_steps=7"], "train.schedule is 'constant', which never falls, so"),
+        (["train.schedule=constant", "train.final_learning_rate_share=0.5"], "train.schedule is 'constant', which"),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_each_other(write: Any, overrides: list[str], message: str) -> None:
+    """Catches batches, ramp-ups and schedules that cannot be, and settings that would say nothing."""
+    assert complaint(write(MINIMAL), *overrides).startswith(message)
+
+
+def test_micro_batches_follow_from_their_size(write: Any) -> None:
+    """Catches a count that does not follow from the size, or the size from the count, or one lost in writing."""
+    for overrides in (["train.micro_batch=2"], ["train.accumulate=4"], ["train.accumulate=4", "train.micro_batch=2"]):
+        config = load_config(write(MINIMAL), ["train.batch=8", "train.rampup=[4, 2, 9]", *overrides])
+        assert (config.train.accumulate, config.train.micro_batch, config.train.fewest_micro_batches) == (4, 2, 2)
+        assert load_config(write(config.model_dump(mode="json"))) == config
 
 
 def test_every_setting_is_described() -> None:

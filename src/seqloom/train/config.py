@@ -1,43 +1,16 @@
-"""The settings of a training run: a YAML file and overrides, checked whole before anything starts."""
+"""The settings of a training run, checked whole before anything starts."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, model_validator
 
-from seqloom.errors import ModelError, PlanError
+from seqloom.errors import ModelError
 from seqloom.plan import ModelShape, Plan, read_config
-from seqloom.train.wording import did_you_mean, shown
-
-Precision = Literal["float32", "bf16"]
-
-
-def _read_plan(value: object) -> Plan:
-    if isinstance(value, Plan):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(f"plan is {shown(value)}; it must be a string such as 'ring=2 ulysses=2'.")
-    try:
-        return Plan.parse(value)
-    except PlanError as error:
-        raise ValueError(str(error)) from error
-
-
-PlanText = Annotated[Plan, PlainValidator(_read_plan), PlainSerializer(str, return_type=str)]
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Rate = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """Frozen; unknown keys and values of another type are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+from seqloom.train.fields import Count, PlanText, Seconds, Section, Seed
+from seqloom.train.method import TrainConfig
+from seqloom.train.wording import did_you_mean
 
 
 class ModelConfig(Section):
@@ -49,7 +22,7 @@ class ModelConfig(Section):
     """
 
     path: Annotated[str, Field(min_length=1)] | None = None
-    config: dict[str, Any] = {}
+    config: dict[str, Any] = Field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """The Hugging Face configuration asked for: that of `path` with `config` laid over it."""
@@ -97,61 +70,6 @@ class DataConfig(Section):
                 f"data.tokenizer is '{self.tokenizer}', and there is no such folder; "
                 "give 'bytes' or the folder of a Hugging Face tokenizer."
             )
-        return self
-
-
-class TrainConfig(Section):
-    """How the weights are changed.
-
-    steps: optimizer steps of the whole run.
-    batch: sequences of one optimizer step, over all processes.
-    accumulate: micro-batches a batch is cut into, one after another.
-    learning_rate: of AdamW, at its highest.
-    warmup_steps: steps over which the rate rises linearly from 0.
-    final_learning_rate_share: what the cosine falls to at the last step, as a share of `learning_rate`.
-    weight_decay: of AdamW, decoupled; applied to matrices only.
-    betas: decay of AdamW's first and second moments.
-    clip: the largest global gradient norm; null is no limit.
-    precision: `float32`, or `bf16` for the arithmetic of the model.
-    seed: of the first weights.
-    loss_chunk: tokens whose logits exist at the same time.
-    gradient_checkpointing: recompute each layer's activations in backward to save memory.
-    """
-
-    steps: Count
-    batch: Count = 1
-    accumulate: Count = 1
-    learning_rate: Rate = 3e-4
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    final_learning_rate_share: Share = 0.1
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
-    clip: Amount | None = 1.0
-    precision: Precision = "float32"
-    seed: Seed = 0
-    loss_chunk: Count = 1024
-    gradient_checkpointing: bool = False
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences of one micro-batch, over all processes."""
-        return self.batch // self.accumulate
-
-    @model_validator(mode="after")
-    def _fits(self) -> "TrainConfig":
-        found = []
-        if self.batch % self.accumulate:
-            found.append(
-                f"train.batch is {self.batch}, which train.accumulate={self.accumulate} does not divide; "
-                f"make it a multiple, such as {-(-self.batch // self.accumulate) * self.accumulate}."
-            )
-        if self.warmup_steps > self.steps:
-            found.append(
-                f"train.warmup_steps is {self.warmup_steps}, more than train.steps={self.steps}; "
-                f"make it at most {self.steps}."
-            )
-        if found:
-            raise ValueError(" Also: ".join(found))
         return self
 
 

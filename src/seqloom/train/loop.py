@@ -130,18 +130,19 @@ class _Run:
             learning_rate=rate,
             label_tokens=report.label_count,
             seconds=seconds,
-            tokens_per_second=train.batch * self.config.data.sequence_length / seconds,
+            tokens_per_second=train.batches.at(step)[1] * self.config.data.sequence_length / seconds,
             sent_bytes=self.fabric.meter.sent,
         )
 
     def _batches(self, step: int) -> list[Batch]:
         """The global micro-batches of a step; they depend on the data order and the step alone."""
-        train, seed, first = self.config.train, self.config.data.seed, step * self.config.train.batch
-        numbers = order(seed, self.text.num_sequences, first, train.batch)
+        train, seed = self.config.train, self.config.data.seed
+        first, size = train.batches.at(step)
+        numbers = order(seed, self.text.num_sequences, first, size)
         # Dropout draws by a row's place in the order of data, which no plan changes.
         return [
             replace(self.text.batch(part), first_row=first + micro * train.micro_batch, seed=seed)
-            for micro, part in enumerate(numbers.reshape(train.accumulate, train.micro_batch))
+            for micro, part in enumerate(numbers.reshape(-1, train.micro_batch))
         ]
 
     def _save(self, step: int) -> None:

@@ -17,7 +17,10 @@ from seqloom.train.data import find_files
 from seqloom.train.tokenizer import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
-FREE_TO_CHANGE = ("steps", "learning_rate", "warmup_steps", "final_learning_rate_share", "clip")
+FREE_TO_CHANGE = (
+    *("steps", "learning_rate", "schedule", "warmup_steps", "warmup_samples", "decay_steps", "decay_samples"),
+    *("final_learning_rate_share", "clip"),
+)
 """Keys of `train` that may differ when a run is resumed; a note says so. All else must be as it was."""
 
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from seqloom.errors import ConfigError
-from seqloom.train.config import Config, Section
+from seqloom.train.config import Config
+from seqloom.train.fields import Section
 from seqloom.train.wording import did_you_mean, kind, shown
 
 
