@@ -138,11 +138,15 @@ class BlockAttention(torch.autograd.Function):
         if q.untyped_storage().nbytes() > q.numel() * q.element_size():
             # Cut from one projection of q, k and v: kept for backward, it would keep all of that.
             (q,) = by_heads(by_tokens(q))
-        met = Partial(q, v.shape[3], sinks)
-        for visit in exchange.visits(Trip(own, sequence, window)):
-            attend(q, *by_heads(visit.block), visit.work, scoring, met, visit.places, visit.first_row)
-        whole, lse = met.finish()
-        out = whole.to(q.dtype)
+
+        def meet() -> tuple[Tensor, Tensor]:
+            met = Partial(q, v.shape[3], sinks)
+            for visit in exchange.visits(Trip(own, sequence, window)):
+                attend(q, *by_heads(visit.block), visit.work, scoring, met, visit.places, visit.first_row)
+            whole, lse = met.finish()
+            return whole.to(q.dtype), lse
+
+        out, lse = sequence.keep(meet)
         ctx.save_for_backward(q, *own, out, lse, sinks)
         ctx.sequence, ctx.window, ctx.scoring, ctx.exchange = sequence, window, scoring, exchange
         return out

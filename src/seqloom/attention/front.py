@@ -73,13 +73,13 @@ def attention(  # noqa: PLR0913
         else sequence.once(("reads", reads, q.device), lambda: torch.tensor(reads, device=q.device)),
     )
     with torch.autocast(device, enabled=False):
-        q, k, v = to_heads(q, k, v, split, sequence.group_tokens, ulysses)
+        q, k, v = to_heads(q, k, v, split, sequence)
         given = (q, k, v, None if sinks is None else sinks[here], sequence, window, scoring)
         if sequence.exchange == "rsa":
             out = RingSelfAttention.apply(*given)
         else:
             out = BlockAttention.apply(*given, EXCHANGES[sequence.exchange])
-        return to_tokens(out, split, sequence.group_tokens, ulysses)
+        return to_tokens(out, split, sequence)
 
 
 def _dropout_keys(sequence: SequenceShard, layer: int | None, heads: Span, q: Tensor) -> Tensor:

@@ -54,24 +54,9 @@ class RingSelfAttention(torch.autograd.Function):
         if reads is None:
             reads = torch.arange(q.shape[1], device=q.device) // (q.shape[1] // k.shape[1])
         rings = ctx.rings = _Rings(sequence, window, scoring, reads)
-        shape, dtype = (*q.shape[:3], sum(sequence.ring_tokens)), accumulation_type(q.dtype)
-        weights = q.new_full(shape, float("-inf"), dtype=dtype)
-        bends = None if scoring.softcap is None else q.new_zeros(shape, dtype=dtype)  # slopes of the soft cap
-        for tile, call, keys, _ in rings.tiles(ring.visits(rings.trip(k))):
-            score, bend = tile_scores(cut(q, tile.rows, tile.q), keys, call)
-            weights[tile.place] = score.masked_fill(tile.hidden(q.device), float("-inf"))
-            if bends is not None:
-                bends[tile.place] = bend
-        lse = weights.logsumexp(-1)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
-        # A query that sees nothing has an lse of -inf, and weights of 0.
-        weights.sub_(lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp_()
-        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
-        for tile, call, values, _ in rings.tiles(ring.visits(rings.trip(v))):
-            cut(out, tile.rows, tile.q).add_(_dropped(weights[tile.place], call) @ values.to(dtype))
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, weights, bends, sinks)
+        # The weights are kept with what they gave: to make them again k would have to go around again.
+        out, lse, weights, *bends = sequence.keep(lambda: rings.forward(q, k, v, sinks))
+        ctx.save_for_backward(q, k, v, out, lse, weights, bends[0] if bends else None, sinks)
         return out
 
     @staticmethod
@@ -149,6 +134,26 @@ class _Rings:
         """k or v [rows, Hk, n, D] around the ring, alone."""
         block = by_tokens(x)
         return Trip(block, self.sequence, self.window, Gradient(block))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, ...]:
+        """(out, lse, weights), and the slopes of the soft cap where there is one."""
+        shape, dtype = (*q.shape[:3], sum(self.sequence.ring_tokens)), accumulation_type(q.dtype)
+        weights = q.new_full(shape, float("-inf"), dtype=dtype)
+        bends = [] if self.scoring.softcap is None else [q.new_zeros(shape, dtype=dtype)]
+        for tile, call, keys, _ in self.tiles(ring.visits(self.trip(k))):
+            score, bend = tile_scores(cut(q, tile.rows, tile.q), keys, call)
+            weights[tile.place] = score.masked_fill(tile.hidden(q.device), float("-inf"))
+            if bends:
+                bends[0][tile.place] = bend
+        lse = weights.logsumexp(-1)
+        if sinks is not None:
+            lse = torch.logaddexp(lse, sinks.to(dtype)[:, None])
+        # A query that sees nothing has an lse of -inf, and weights of 0.
+        weights.sub_(lse.masked_fill(lse.isneginf(), 0.0)[..., None]).exp_()
+        out = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=dtype)
+        for tile, call, values, _ in self.tiles(ring.visits(self.trip(v))):
+            cut(out, tile.rows, tile.q).add_(_dropped(weights[tile.place], call) @ values.to(dtype))
+        return out.to(q.dtype), lse, weights, *bends
 
     def tiles(self, visits: Iterator[Visit]) -> Iterator[tuple[_RowTile, Call, Tensor, Tensor]]:
         """(tile, call, keys or values of every query head, view of their gradient) of each tile that comes by."""

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from seqloom.attention.local import accumulation_type
 from seqloom.fabric import Axis, start_trade
 from seqloom.geometry import HeadSplit, Span
+from seqloom.sequence import SequenceShard
 
 
 @dataclass(frozen=True)
@@ -103,46 +104,45 @@ def _by_tokens(x: Tensor) -> Tensor:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trade: Trade, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, trade: Trade, sequence: SequenceShard, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.trade = trade
-        return trade.to_heads(tensors)
+        return sequence.keep(lambda: trade.to_heads(tensors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.trade.to_tokens(grads)
+        return None, None, *ctx.trade.to_tokens(grads)
 
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, trade: Trade, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, trade: Trade, sequence: SequenceShard, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.trade = trade
-        return trade.to_tokens(tensors)
+        return sequence.keep(lambda: trade.to_tokens(tensors))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.trade.to_heads(grads)
+        return None, None, *ctx.trade.to_heads(grads)
 
 
 def to_heads(
-    q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, tokens: tuple[int, ...], axis: Axis
+    q: Tensor, k: Tensor, v: Tensor, split: HeadSplit, sequence: SequenceShard
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Trade tokens for heads. Forward: one all-to-all of q, k, v. Backward: the inverse, of their gradients.
-
-    tokens: how many each rank of the axis holds.
-    """
+    """Trade tokens for heads. Forward: one all-to-all of q, k, v. Backward: the inverse, of their gradients."""
+    axis = sequence.ulysses
     if axis.size == 1:
         return q, k, v
     queries = tuple(split.queries(rank) for rank in range(axis.size))
     keys = tuple(split.keys(rank) for rank in range(axis.size))
-    trade = Trade(axis, tokens, (queries, keys, keys), (split.heads, split.kv_heads, split.kv_heads))
-    return _ToHeads.apply(trade, q, k, v)
+    trade = Trade(axis, sequence.group_tokens, (queries, keys, keys), (split.heads, split.kv_heads, split.kv_heads))
+    return _ToHeads.apply(trade, sequence, q, k, v)
 
 
-def to_tokens(out: Tensor, split: HeadSplit, tokens: tuple[int, ...], axis: Axis) -> Tensor:
+def to_tokens(out: Tensor, split: HeadSplit, sequence: SequenceShard) -> Tensor:
     """Trade heads back for tokens. Forward: one all-to-all. Backward: the inverse, of the gradient."""
+    axis = sequence.ulysses
     if axis.size == 1:
         return out
     queries = tuple(split.queries(rank) for rank in range(axis.size))
-    return _ToTokens.apply(Trade(axis, tokens, (queries,), (split.heads,)), out)[0]
+    return _ToTokens.apply(Trade(axis, sequence.group_tokens, (queries,), (split.heads,)), sequence, out)[0]

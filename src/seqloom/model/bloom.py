@@ -101,7 +101,8 @@ def _base_forward(
     states = []
     for block in base.h:
         states += [hidden] if wanted else []
-        hidden = block(hidden, alibi=sequence, attention_mask=None)[0]
+        out = block(hidden, alibi=sequence, attention_mask=None)
+        hidden = out[0] if isinstance(out, tuple) else out  # a layer that waits to be computed gives no tuple
     hidden = base.ln_f(hidden)
     return BaseModelOutputWithPastAndCrossAttentions(
         last_hidden_state=hidden, hidden_states=(*states, hidden) if wanted else None

@@ -13,9 +13,10 @@ from seqloom.memory import chunked_cross_entropy
 from seqloom.model.families import layers
 from seqloom.model.pieces import count_copies, tied_names
 from seqloom.model.probe import connect, probe
+from seqloom.model.recompute import recompute
 from seqloom.model.tensor import split_model
 from seqloom.model.whole import install_save
-from seqloom.plan import ModelShape, check
+from seqloom.plan import ModelShape, check, units
 from seqloom.sequence import LocalBatch, SequenceShard
 from seqloom.tensor import ParallelDropout, ParallelLinear, TensorGroup, split_head
 
@@ -65,6 +66,8 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
                 {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
             )
     _draw_dropouts(model, group)
+    held = layers(model)
+    recompute(held, units(fabric.plan, 0, len(held)), group, fabric.plan.activations)
     if count_copies(model, fabric):
         install_save(model, fabric)
         model._split_by = fabric.plan

@@ -6,6 +6,7 @@ from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
+from seqloom.plan.recompute import Unit, units
 from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, read_config
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Moves",
     "Plan",
     "Side",
+    "Unit",
     "check",
     "chunks",
     "every_plan",
@@ -29,6 +31,7 @@ __all__ = [
     "read_config",
     "reasons",
     "shortest",
+    "units",
     "unsplittable",
     "without_dropout",
 ]

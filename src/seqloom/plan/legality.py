@@ -57,7 +57,7 @@ def reasons(
     found += zero_reasons(plan)
     found += pipeline_reasons(plan, model)
     found += expert_reasons(plan, model)
-    found += recompute_reasons(plan)
+    found += recompute_reasons(plan, model)
     if num_tokens is not None:
         found += _length_reasons(model, num_tokens)
     found += unsplittable(plan, num_tokens, batch)

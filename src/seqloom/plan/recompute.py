@@ -1,11 +1,107 @@
-"""What a plan computes again in backward."""
+"""What a plan computes again in backward, and which choices go together."""
 
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 from seqloom.plan.plan import Plan
+from seqloom.plan.shape import ModelShape
 
 
-def recompute_reasons(plan: Plan) -> Iterator[str]:
-    """Why the plan cannot compute again what it says."""
-    if plan.recompute != "none" or plan.activations != "whole":
-        yield "recompute and activations are not supported yet; leave them out."
+class Unit(NamedTuple):
+    """Neighbouring layers of a stage that backward computes again together, from the input of the first.
+
+    start, stop: counted from the stage's first layer. keeps_attention: whether attention's output and
+    log-sum-exp are kept too, so that attention runs once.
+    """
+
+    start: int
+    stop: int
+    keeps_attention: bool = False
+
+
+def choices(plan: Plan) -> tuple[str, ...]:
+    """What each stage computes again, in order; one choice alone stands for all of them.
+
+    >>> choices(Plan(pipeline=2, recompute="full/none")), choices(Plan(pipeline=2, recompute="selective"))
+    (('full', 'none'), ('selective', 'selective'))
+    """
+    said = tuple(plan.recompute.split("/"))
+    return said * plan.num_stages if len(said) == 1 else said
+
+
+def units(plan: Plan, stage: int, num_layers: int) -> tuple[Unit, ...]:
+    """What is computed again of a stage of `num_layers` layers; layers in no unit keep all they need.
+
+    stage: its number in the order of the layers, from 0.
+
+    >>> units(Plan(recompute="full:uniform:2"), 0, 5)[1:]
+    (Unit(start=2, stop=4, keeps_attention=False), Unit(start=4, stop=5, keeps_attention=False))
+    >>> units(Plan(recompute="full:block:1"), 0, 5)
+    (Unit(start=0, stop=1, keeps_attention=False),)
+    """
+    word, _, rest = choices(plan)[stage].partition(":")
+    how, _, number = rest.partition(":")
+    if word == "none":
+        return ()
+    layers = min(int(number), num_layers) if how == "block" else num_layers
+    size = int(number) if how == "uniform" else 1
+    bounds = [*range(0, layers, size), layers]
+    return tuple(Unit(start, stop, word == "selective") for start, stop in pairwise(bounds))
+
+
+def recompute_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
+    """Why the plan cannot compute again what it says, or keep what that takes as it says."""
+    said = plan.recompute.split("/")
+    if len(said) not in (1, plan.num_stages):
+        yield (
+            f"recompute={plan.recompute} names {len(said)} stages, but the plan has {plan.num_stages}; name one choice "
+            f"for all, or {plan.num_stages}."
+        )
+    most = max([int(word.rpartition(":")[2]) for word in said if word[-1].isdecimal()], default=0)
+    if most > model.layers:
+        yield (
+            f"recompute={plan.recompute} counts {most} layers, but the model has {model.layers}; use at most so many, "
+            "or full."
+        )
+    if set(said) != {"none"}:
+        yield from _beside(plan, said)
+    yield from _kept_reasons(plan, said)
+
+
+def _beside(plan: Plan, said: list[str]) -> Iterator[str]:
+    """Why nothing can be computed again beside other axes."""
+    if plan.pipeline > 1 and plan.schedule == "zbv":
+        yield (
+            f"recompute={plan.recompute} does not go with schedule=zbv, which takes backward apart and would compute "
+            "layers again for each part; use schedule=1f1b or recompute=none."
+        )
+    if plan.zero >= 2 and any("uniform" in word and not word.endswith(":1") for word in said):
+        yield (
+            f"recompute={plan.recompute} runs several layers as one, of which zero={plan.zero} gathers the parameters "
+            "one layer at a time; use recompute=full or zero=1."
+        )
+
+
+def _kept_reasons(plan: Plan, said: list[str]) -> Iterator[str]:
+    """Why what is kept cannot lie where `activations` says."""
+    if plan.activations == "whole":
+        return
+    if set(said) == {"none"}:
+        yield (
+            f"activations={plan.activations} is for the layer inputs that recomputation keeps, and recompute=none "
+            "keeps none; use recompute=full or selective, or leave it out."
+        )
+    if plan.activations == "partitioned" and (
+        plan.tensor == 1 or plan.tensor_kind != "1d" or plan.tensor_grid.sequence_parallel
+    ):
+        if plan.tensor == 1:
+            alike = "tensor=1 has one rank a layer"
+        elif plan.tensor_kind == "1d":
+            alike = "sequence_parallel=true has split them already"
+        else:
+            alike = f"tensor_kind={plan.tensor_kind} has split them already"
+        yield (
+            "activations=partitioned splits layer inputs that all tensor ranks hold alike, and "
+            f"{alike}; leave it out, or use tensor_kind=1d sequence_parallel=false."
+        )

@@ -1,6 +1,7 @@
 """What one rank holds of a batch, and the value that tells attention how the rest is spread."""
 
 from collections.abc import Callable, Hashable
+from copy import copy
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from seqloom.fabric import Axis, Fabric, all_reduce_
 from seqloom.geometry import Layout, Mask, Span, Tile, even_bounds, total
 from seqloom.plan import unsplittable
 from seqloom.sequence.batch import Batch
+from seqloom.sequence.kept import KeptResults
 from seqloom.sequence.tokens import TokenSplit, split_tokens
 
 ASKED = 64
@@ -41,6 +43,7 @@ class SequenceShard:
     exchange: `Plan.exchange`. seed, first_row: what dropout draws from; first_row is the number of
     the first local row in the run's data. tokens: what the two sides of the tensor grid hold.
     head_rank: this rank's place among those the heads are split over by the tensor grid, evenly.
+    kept: what attention keeps of the layers under way, where the rest of them is computed again in backward.
     """
 
     masks: tuple[Mask, ...]
@@ -54,6 +57,7 @@ class SequenceShard:
     first_row: int | None = None
     tokens: TokenSplit | None = None
     head_rank: int = 0
+    kept: KeptResults | None = None
     _made: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -61,6 +65,16 @@ class SequenceShard:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def keep(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `make` returns; where it is kept, also when the layer is computed again. See `KeptResults.once`."""
+        return make() if self.kept is None else self.kept.once(make)
+
+    def keeping(self, kept: KeptResults) -> "SequenceShard":
+        """The same shard for layers that keep these results; what is made once is shared."""
+        shard = copy(self)
+        object.__setattr__(shard, "kept", kept)
+        return shard
 
     @property
     def spans(self) -> tuple[Span, ...]:
