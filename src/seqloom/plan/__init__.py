@@ -5,8 +5,8 @@ from seqloom.plan.every import every_plan
 from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_stays
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
-from seqloom.plan.shape import ModelShape
 from seqloom.plan.recompute import Unit, units
+from seqloom.plan.shape import ModelShape
 from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, read_config
 
 __all__ = [
