@@ -335,3 +335,32 @@ def _traded(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis
 def all_to_all(parts: Sequence[Tensor], shapes: Sequence[Sequence[int]], axis: Axis) -> tuple[Tensor, ...]:
     """Part p to rank p, and one of shapes[p] from it. Forward: all-to-all. Backward: the all-to-all back."""
     return _AllToAll.apply(axis, shapes, *parts)
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaving: Sequence[int], arriving: Sequence[int], axis: Axis) -> Tensor:
+        ctx.way = arriving, leaving, axis
+        return _traded_rows(x, leaving, arriving, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _traded_rows(grads[0], *ctx.way), None, None, None
+
+
+def _traded_rows(x: Tensor, leaving: Sequence[int], arriving: Sequence[int], axis: Axis) -> Tensor:
+    arrived = x.new_empty(sum(arriving), *x.shape[1:])
+    sent, received = x.contiguous().split(list(leaving)), arrived.split(list(arriving))
+    trade = start_trade([[part] for part in sent], [[part] for part in received], axis)
+    received[axis.rank].copy_(sent[axis.rank])
+    trade.wait()
+    return arrived
+
+
+def all_to_all_rows(x: Tensor, leaving: Sequence[int], arriving: Sequence[int], axis: Axis) -> Tensor:
+    """Of x [rows, ...] the next leaving[p] rows to rank p; what comes, arriving[p] rows from it, in rank order.
+
+    Forward: all-to-all. Backward: the all-to-all back.
+    """
+    return _AllToAllRows.apply(x, leaving, arriving, axis)

@@ -77,10 +77,10 @@ def copies(parameter: Tensor, fabric: Fabric) -> int:
 def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
     """Sum every gradient over all ranks whose tokens it depends on; call it after backward.
 
-    Those are the ranks that hold the same weights, `fabric.replicas`, and the tensor axes over which the
-    activations are split and the parameter is not, which are its attribute `sum_axes`. After it each rank
-    holds its part of the gradient of the global mean loss. Raises ModelError where a trainable parameter
-    has no gradient: the ranks could not tell it from a missing message.
+    Those are the ranks that hold the same weights, `fabric.replicas` or the axis of the fabric that a parameter's
+    `replica_axis` names, and the tensor axes over which the activations are split and the parameter is not, which
+    are its attribute `sum_axes`. After it each rank holds its part of the gradient of the global mean loss. Raises
+    ModelError where a trainable parameter has no gradient: the ranks could not tell it from a missing message.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and gradient(parameter) is None:
@@ -129,6 +129,7 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
     """
     filling: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
     held: dict[tuple[tuple[str, ...], torch.dtype], int] = {}
+    along: dict[tuple[tuple[str, ...], torch.dtype], tuple[Axis, ...]] = {}
     for parameter in model.parameters():
         found = gradient(parameter) if parameter.requires_grad else None
         if found is None:
@@ -138,27 +139,32 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
                 "A split parameter was converted after parallelize (model.to, .float, ...), which forgets over which "
                 "ranks its gradient is summed; convert the model before parallelize."
             )
-        names = tuple(name for name in getattr(parameter, "sum_axes", ()) if fabric.grid[name].size > 1)
-        if fabric.replicas.size == 1 and not names:
+        axes = _axes(parameter, fabric)
+        if not axes:
             continue
-        key = names, found.dtype
+        key = tuple(axis.name for axis in axes), found.dtype
         if held.get(key, 0) > BUCKET_BYTES:
-            yield filling.pop(key), _axes(names, fabric)
+            yield filling.pop(key), along[key]
             held[key] = 0
+        along[key] = axes
         filling.setdefault(key, []).append(local(found))
-        held[key] = held.get(key, 0) + found.element_size() * _even_share(parameter)
-    for (names, _), parts in filling.items():
-        yield parts, _axes(names, fabric)
+        held[key] = held.get(key, 0) + found.element_size() * _even_share(parameter, fabric)
+    for key, parts in filling.items():
+        yield parts, along[key]
 
 
-def _even_share(parameter: Tensor) -> int:
+def _even_share(parameter: Tensor, fabric: Fabric) -> int:
     """The elements of a rank's part, were all parts alike."""
+    if hasattr(parameter, "replica_axis"):  # experts, perhaps more on some ranks than on others
+        return prod(parameter.slot.shape) // fabric.expert.size  # type: ignore[attr-defined]
     if not isinstance(parameter, DTensor):
         return parameter.numel()
     mesh, placements = parameter.device_mesh, parameter.placements
     return parameter.numel() // prod(mesh.size(dim) for dim, one in enumerate(placements) if isinstance(one, Shard))
 
 
-def _axes(names: tuple[str, ...], fabric: Fabric) -> tuple[Axis, ...]:
-    axes = (fabric.replicas, *(fabric.grid[name] for name in names))
+def _axes(parameter: Tensor, fabric: Fabric) -> tuple[Axis, ...]:
+    """The axes over which the gradient of a parameter is to be summed."""
+    alike: Axis = getattr(fabric, getattr(parameter, "replica_axis", "replicas"))
+    axes = (alike, *(fabric.grid[name] for name in getattr(parameter, "sum_axes", ())))
     return tuple(axis for axis in axes if axis.size > 1)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.memory import chunked_cross_entropy
+from seqloom.model.experts import split_experts
 from seqloom.model.families import layers
 from seqloom.model.pieces import count_copies, tied_names
 from seqloom.model.probe import connect, probe
@@ -65,6 +66,7 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
             module._buffers.update(
                 {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
             )
+    split_experts(model, fabric)
     _draw_dropouts(model, group)
     held = layers(model)
     recompute(held, units(fabric.plan, 0, len(held)), group, fabric.plan.activations)

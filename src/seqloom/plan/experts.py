@@ -8,5 +8,30 @@ from seqloom.plan.shape import ModelShape
 
 def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     """Why the plan cannot deal out this model's experts."""
-    if plan.expert > 1 or plan.expert_tensor > 1:
-        yield "expert and expert_tensor are not supported yet; leave them out."
+    if plan.expert == plan.expert_tensor == 1 or model.unsupported:
+        return
+    if not model.experts:
+        field = f"expert={plan.expert}" if plan.expert > 1 else f"expert_tensor={plan.expert_tensor}"
+        yield f"{field} deals out experts, and this {model.family} has none; leave it out."
+        return
+    if plan.expert > model.experts:
+        yield (
+            f"expert={plan.expert} is more than the {model.experts} experts of a layer, and each rank takes at least "
+            f"one; the largest degree is {model.experts}."
+        )
+    if plan.expert_tensor not in (1, plan.tensor):
+        yield (
+            f"expert_tensor={plan.expert_tensor} is neither 1, each expert whole on a rank, nor all of "
+            f"tensor={plan.tensor}; use one of them."
+        )
+        return
+    if plan.expert_tensor > 1:
+        yield f"expert_tensor={plan.expert_tensor} is not supported yet; use 1, each expert whole on a rank."
+    ranks, axes = plan.replicas, "data x ring x ulysses"
+    if plan.expert_tensor == 1:
+        ranks, axes = ranks * plan.tensor, f"{axes} x tensor"
+    if ranks % plan.expert:
+        degrees = ", ".join(str(degree) for degree in range(1, min(ranks, model.experts) + 1) if ranks % degree == 0)
+        yield f"expert={plan.expert} does not divide the {ranks} ranks of {axes}; use a degree that does: {degrees}."
+    if plan.expert > 1 and plan.zero:
+        yield f"expert={plan.expert} with zero={plan.zero} is not supported yet; leave one of them out."

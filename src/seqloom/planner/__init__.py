@@ -1,5 +1,6 @@
 """What a plan costs, from formulas, and who holds what under it; no torch."""
 
+from seqloom.planner.expert_traffic import expert_bytes
 from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places, tokens_held
 from seqloom.planner.tensor_traffic import (
     Linear,
@@ -17,6 +18,7 @@ __all__ = [
     "Tokens",
     "all_reduce_bytes",
     "attention_bytes",
+    "expert_bytes",
     "inner_spans",
     "layer_elements",
     "layer_linears",

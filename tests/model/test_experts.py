@@ -1,0 +1,128 @@
+"""Experts dealt to ranks, against the untouched model on one device, and what they send."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from model.dense import TOKENS, batch_of, build
+from pool import Pool
+from seqloom.fabric import Fabric
+from seqloom.geometry import even_bounds
+from seqloom.model import parallelize, sum_gradients, token_loss
+from seqloom.model.experts import expert_modules
+from seqloom.plan import ModelShape, Plan, fit, read_config
+from seqloom.planner import expert_bytes
+from seqloom.sequence import shard_batch
+from seqloom.verify import Case, verify_here
+from seqloom.verify.lift import Float64Islands
+
+ROUTERS = ("MixtralTopKRouter", "Qwen3MoeTopKRouter", "DeepseekV3TopkRouter")
+
+
+def verified(family: str, text: str, num_tokens: int = TOKENS, changes: dict[str, Any] | None = None) -> str | None:
+    """What is wrong with a run of two steps of two micro-batches, or None."""
+    plan = Plan.parse(text)
+    config = {**fit(read_config(family), plan, num_tokens), **(changes or {})}
+    documents = (7, 13, 28) if num_tokens == TOKENS else None
+    verdict = verify_here(
+        Case(config=config, plan=plan, num_tokens=num_tokens, documents=documents, accumulate=2, steps=2)
+    )
+    return None if verdict.equal else str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("mixtral", "ring=2 expert=2"),
+        ("gpt_oss", "ulysses=2 expert=2"),
+        ("qwen3_moe", "ring=3 expert=3"),
+        ("mixtral", "ring=3 expert=3"),
+        ("deepseek_v3", "ring=2 ulysses=2 expert=4"),
+        ("deepseek_v2", "data=2 ring=2 expert=2"),
+    ],
+)
+def test_a_plan_equals_one_device(pool: Pool, family: str, text: str) -> None:
+    """Catches tokens of one rank missed or sent to another expert, weights lost, gradients summed over too many."""
+    assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
+
+
+def test_starved_experts(pool: Pool) -> None:
+    """Catches ranks that hang, or have no gradient, where no token comes to their experts: 4 tokens, 8 experts."""
+    assert not any(pool.run(4, verified, "deepseek_v3", "ulysses=4 expert=4", 4, {"num_experts_per_tok": 1}))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data=2 ring=2 expert=4",
+        "data=2 ulysses=2 expert=2 layout=striped",
+        "ring=4 expert=2 inner_ring=2",
+        "ring=2 ulysses=2 data=2 expert=4 exchange=needed",
+        "ring=6 expert=3 layout=balanced",
+        "ulysses=4 data=2 expert=8",
+    ],
+)
+def test_every_way_to_deal_them(pool: Pool, family: str, text: str) -> None:
+    """Catches the same in larger worlds, with experts that do not divide and other layouts and exchanges."""
+    assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
+
+
+def metered(family: str, text: str) -> tuple[int, int]:
+    """Bytes sent along the expert axis in a forward and backward pass; and by the formula, from what was routed."""
+    plan = Plan.parse(text)
+    fabric = Fabric.build(plan)
+    shape = ModelShape.from_config(fit(read_config(family), Plan(), TOKENS))
+    with Float64Islands():
+        model = parallelize(build(family), fabric)
+        routed: list[torch.Tensor] = []
+        for module in model.modules():
+            if type(module).__name__ in ROUTERS:
+                module.register_forward_hook(lambda _, __, out: routed.append(out[2]))
+        local, shard = shard_batch(batch_of(2), fabric)
+        fabric.meter.reset()
+        token_loss(model, local, shard).backward()
+    sent = fabric.meter.sent["expert"]
+    bounds = even_bounds(shape.experts, plan.expert)
+    axis, expected = fabric.expert, 0
+    for chosen in routed:
+        to = torch.stack([((chosen >= a) & (chosen < b)).sum() for a, b in pairwise(bounds)])
+        every = [torch.empty_like(to) for _ in range(axis.size)]
+        torch.distributed.all_gather(every, to, group=axis.group)
+        table = torch.stack(every)
+        table.fill_diagonal_(0)
+        there, here = table[axis.rank].sum().item(), table[:, axis.rank].sum().item()
+        expected += sum(expert_bytes(plan, shape, int(there), int(here), rank=axis.rank, item_bytes=8).values())
+    return sent, expected
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [("mixtral", "ring=3 expert=3"), ("deepseek_v3", "data=2 ulysses=2 expert=2")]
+)
+def test_bytes_are_those_of_what_was_routed(pool: Pool, family: str, text: str) -> None:
+    """Catches copies padded, sent twice, or sent to ranks that have no expert of theirs."""
+    for sent, expected in pool.run(Plan.parse(text).world_size, metered, family, text):
+        assert sent == expected > 0
+
+
+def held(text: str) -> list[tuple[int, ...]]:
+    """The shapes of a rank's experts after backward, and their gradients'."""
+    fabric = Fabric.build(Plan.parse(text))
+    with Float64Islands():
+        model = parallelize(build("mixtral"), fabric)
+        local, shard = shard_batch(batch_of(2), fabric)
+        token_loss(model, local, shard).backward()
+        sum_gradients(model, fabric)
+    found = [p for module in expert_modules(model) for p in module.parameters()]
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in found)
+    return [tuple(p.shape) for p in found]
+
+
+def test_a_rank_holds_its_experts_alone(pool: Pool) -> None:
+    """Catches all experts kept on every rank, which would be as equal and save nothing."""
+    shapes = pool.run(3, held, "ring=3 expert=3")
+    assert [each[0] for each in shapes] == [(1, 96, 32), (1, 96, 32), (2, 96, 32)]
+    assert [len(each) for each in shapes] == [4, 4, 4]
