@@ -2,7 +2,7 @@
 
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -112,7 +112,7 @@ WRONG_VALUES = [
     ("train.weight_decay=-0.1", "train.weight_decay is -0.1; it must be at least 0."),
     ("train.clip=0", "train.clip is 0; it must be above 0."),
     ("train.clip=off", "train.clip is false; it must be a number."),
-    ("train.precision=fp16", "train.precision is 'fp16' (a string); it must be 'float32' or 'bf16'."),
+    ("train.precision=fp8", "train.precision is 'fp8' (a string); it must be 'float32', 'bf16', 'fp16' or 'float64'."),
     ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1; it must be true or false."),
     ("train.loss_chunk=0", "train.loss_chunk is 0; it must be at least 1."),
     ("train.warmup_steps=11", "train.warmup_steps is 11, more than train.steps=10; make it at most 10."),
@@ -124,6 +124,10 @@ WRONG_VALUES = [
     ("train.schedule=wsd",
      "train.schedule is 'wsd', which falls at the very end; say over how much with train.decay_steps."),
     ("train.warmup_samples=11", "train.warmup_samples is 11, more than the 10 of train.steps=10; make it at most 10."),
+    ("train.loss_scale_window=5",
+     "train.loss_scale_window is 5, but only train.precision=fp16 scales losses; leave it out."),
+    ("eval={every: 2}", "eval.files is missing; it has no default."),
+    ("eval={filez: [a], files: [a]}", "eval.filez is not a setting (did you mean 'eval.files'?)."),
     ("train=5", "train is 5; it must be a section."),
     ("train=null", "train is null; it must be a section."),
     ("data.files=a.txt", "data.files is 'a.txt' (a string); it must be a list."),
@@ -214,7 +218,7 @@ def test_missing_and_unreadable_files(write: Any, tmp_path: Path) -> None:
         ("train: [1, 2\nplan: x", "line 2"),
         ("a: !!python/object/apply:os.getcwd []", "is not readable as YAML: "),
         ("train: {steps: 1, steps: 2}", "'steps' is said twice at line 1"),
-        ("- 1\n- 2", "holds a list; a configuration has sections: plan, model, data, train, run."),
+        ("- 1\n- 2", "holds a list; a configuration has sections: plan, model, data, train, eval, run."),
         ("just words", "holds a string; a configuration has sections"),
         ("", "holds nothing; a configuration has sections"),
     ],
@@ -320,9 +324,8 @@ def test_micro_batches_follow_from_their_size(write: Any) -> None:
 def test_every_setting_is_described() -> None:
     """Catches a setting that was added without a word on what it means."""
     for name, field in Config.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and hasattr(section, "model_fields"):
-            for key in section.model_fields:
+        for section in get_args(field.annotation) or (field.annotation,):
+            for key in getattr(section, "model_fields", ()):
                 described = cleandoc(section.__doc__ or "")  # Python 3.13 takes the indentation away by itself
                 assert f"\n{key}: " in described, f"{name}.{key}"
 

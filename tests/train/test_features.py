@@ -1,9 +1,23 @@
 """What a training run may be told beyond its plan, run as the command line runs it."""
 
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from pool import Pool
+from seqloom.errors import NumericsError
+from seqloom.fabric import Fabric
+from seqloom.model import build_model, parallelize
+from seqloom.plan import Plan, read_config
+from seqloom.train import StepReport, compute_gradients
+from seqloom.train.checkpoint import newest, read_progress
+from seqloom.train.finite import check_finite
+from seqloom.train.scale import LossScale
 from train.runs import metrics, run_file, write_config
+from train.test_step import cut, whole_batch
 
 
 def test_ramp_up_and_its_resumption(pool: Pool, tmp_path: Path) -> None:
@@ -18,3 +32,108 @@ def test_ramp_up_and_its_resumption(pool: Pool, tmp_path: Path) -> None:
     tokens = [line["label_tokens"] // 60 for line in metrics(whole)]
     assert tokens == [2, 2, 4, 6, 6]
     assert metrics(parts) == metrics(whole)
+
+
+EVALUATED = ["train.precision=float64", "train.batch=4", "train.steps=2", "eval.every=1", "eval.sequences=5"]
+
+
+def evaluation(pool: Pool, folder: Path, plan: str) -> list[float]:
+    """The losses on held-out text of a run of two steps in float64."""
+    path = write_config(folder, save_every=None)
+    (folder / "held.txt").write_text("seven looms weave a ring while the quick brown fox jumps\n" * 8)
+    where = folder / plan.replace(" ", "-")
+    run_file(pool, path, *EVALUATED, f"plan={plan}", f"eval.files=[{folder / 'held.txt'}]", f"run.folder={where}")
+    return [line["evaluation_loss"] for line in metrics(where)]
+
+
+def test_evaluation_is_the_same_under_every_plan(pool: Pool, tmp_path: Path) -> None:
+    """Catches a mean of means, rows that fill the last batch counted, and a share lost: 5 sequences in batches of 2."""
+    alone = evaluation(pool, tmp_path, "data=1")
+    assert len(alone) == 2 and alone[1] < alone[0]
+    for plan in ("data=2", "ring=2", "tensor=2"):
+        assert evaluation(pool, tmp_path, plan) == pytest.approx(alone, rel=1e-12, abs=0)
+
+
+def test_evaluation_is_transformers_loss(pool: Pool, tmp_path: Path) -> None:
+    """Catches a loss that is the same under all plans and wrong, and weights changed by looking at them."""
+    [*_, last] = evaluation(pool, tmp_path, "ring=2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ring=2" / "model", attn_implementation="eager")
+    tokens = torch.tensor(list((tmp_path / "held.txt").read_bytes())[: 5 * 64 + 1]).long()
+    rows = [tokens[first : first + 64] for first in range(0, 320, 64)]
+    logits = torch.cat([model(row[None]).logits[0] for row in rows])
+    expected = torch.nn.functional.cross_entropy(logits.double(), tokens[1:321])
+    assert last == pytest.approx(expected.item(), rel=1e-5)
+    progress = read_progress(newest(tmp_path / "ring=2" / "checkpoints"))
+    assert progress.running == {"best_loss": last, "best_step": 2}
+
+
+def test_loss_scale_by_hand() -> None:
+    """Catches a scale that grows a step late, forgets to start counting anew, or falls below one."""
+    good, bad = StepReport(1.0, 2.0, 3), StepReport(1.0, float("inf"), 3)
+    scale = LossScale(2.0)
+    values = []
+    for report in (good, good, bad, bad, bad, good, good):
+        scale = scale.after(report, 2)
+        values.append(scale.value)
+    assert values == [2.0, 4.0, 2.0, 1.0, 1.0, 1.0, 2.0]
+    assert LossScale(2.0).overflowed(bad) and not LossScale(1.0).overflowed(bad)
+    assert not LossScale(2.0).overflowed(StepReport(float("nan"), float("nan"), 3))
+
+
+def scaled() -> tuple[float, float]:
+    """The gradient norm with and without a loss scale."""
+    fabric = Fabric.build(Plan(ring=2))
+    model = parallelize(build_model(read_config("llama"), seed=3), fabric)
+    micro_batches = cut(whole_batch(), 2)
+    plain, with_scale = (
+        compute_gradients(model, micro_batches, fabric, precision="float32", chunk_tokens=64, loss_scale=scale)
+        for scale in (1.0, 1024.0)
+    )
+    return plain.gradient_norm, with_scale.gradient_norm
+
+
+def test_a_loss_scale_changes_no_gradient(pool: Pool) -> None:
+    """Catches gradients that are scaled and not divided, or divided twice: powers of two scale exactly."""
+    for plain, with_scale in pool.run(2, scaled):
+        assert with_scale == plain
+
+
+def test_float16_skips_what_overflows_and_goes_on(pool: Pool, tmp_path: Path) -> None:
+    """Catches an overflow that is stepped on, a scale that does not come down, and one forgotten by a resume."""
+    path = write_config(tmp_path, steps=8, save_every=None)
+    told = ["train.precision=fp16", f"train.initial_loss_scale={2.0**26}", "train.schedule=constant"]
+    run_file(pool, path, *told)
+    lines = metrics(tmp_path / "run")
+    skipped = [line["gradient_norm"] is None for line in lines]
+    assert skipped[0] and not all(skipped)
+    scales = [line["loss_scale"] for line in lines]
+    assert scales == [2.0 ** (26 - sum(skipped[:number])) for number in range(8)]
+    run_file(pool, path, *told, "train.steps=3", f"run.folder={tmp_path / 'parts'}")
+    run_file(pool, path, *told, f"run.folder={tmp_path / 'parts'}", resume=True)
+    assert metrics(tmp_path / "parts") == lines
+
+
+def poisoned(plan: Plan, name: str, rank: int) -> str:
+    """What one rank's gradient that is not a number leads to, on every rank."""
+    fabric = Fabric.build(plan)
+    model = parallelize(build_model(read_config("llama"), seed=3), fabric)
+    compute_gradients(model, cut(whole_batch(), 2), fabric, precision="float32", chunk_tokens=64)
+    for known, parameter in model.named_parameters():
+        if known == name and fabric.rank == rank:
+            part: Any = parameter.grad
+            (part.to_local() if hasattr(part, "to_local") else part).view(-1)[0] = float("nan")
+    with pytest.raises(NumericsError) as caught:
+        check_finite(model, StepReport(2.0, float("nan"), 4), fabric, step=7)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("plan", ["data=1", "data=2", "tensor=2"])
+def test_what_is_not_finite_is_named(pool: Pool, plan: str) -> None:
+    """Catches a name that only the rank with the bad part knows, and a later parameter in place of the first."""
+    found = Plan.parse(plan)
+    name = "model.layers.1.mlp.up_proj.weight"
+    said = pool.run(found.world_size, poisoned, found, name, found.world_size - 1)
+    assert len(set(said)) == 1
+    assert said[0].startswith(
+        f"At step 7 the loss is 2.0 and the gradient norm nan: the gradient of {name} is the first that is not finite. "
+    )

@@ -9,12 +9,14 @@ from seqloom.model.gradients import (
     main_gradients,
     sum_gradients,
 )
+from seqloom.model.lift import Float64Islands
 from seqloom.model.parallelize import layer_windows, parallelize, token_loss
 from seqloom.model.pieces import Piece, count_copies, pieces
 from seqloom.model.probe import probe
 from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
 
 __all__ = [
+    "Float64Islands",
     "Piece",
     "assemble",
     "build_model",

@@ -1,10 +1,11 @@
 """What a run folder holds, read and checked: run.json, metrics.jsonl and, once verified, verify.json."""
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
 from seqloom.errors import DataError, SeqloomError
 from seqloom.plan import ModelShape, Plan
@@ -39,7 +40,7 @@ class Run(_Record):
     num_tokens: PositiveInt
     batch: PositiveInt
     accumulate: PositiveInt
-    dtype: Literal["float32", "bfloat16", "bf16", "float64"]
+    dtype: Literal["float32", "bfloat16", "bf16", "fp16", "float64"]
     parameters: PositiveInt
     unigram_entropy: float
     steps: PositiveInt
@@ -49,11 +50,14 @@ class Run(_Record):
 
 
 class Step(_Record):
-    """One line of metrics.jsonl. sent_bytes: what rank 0 sent in the step, by mesh axis."""
+    """One line of metrics.jsonl. sent_bytes: what rank 0 sent in the step, by mesh axis.
+
+    gradient_norm: infinite where it overflowed, which the file says as null.
+    """
 
     step: PositiveInt
     loss: float
-    gradient_norm: float
+    gradient_norm: Annotated[float, BeforeValidator(lambda norm: inf if norm is None else norm)]
     learning_rate: float
     label_tokens: int
     seconds: float

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -38,11 +38,13 @@ class Progress:
 
     step: optimizer steps taken, which is the position in the data too, since the batch may not change.
     text: the fingerprint of the packed text. config: the settings, the plan among them.
+    running: what neither the step nor the settings tell: the loss scale, the best evaluation.
     """
 
     step: int
     text: int
     config: dict[str, Any]
+    running: dict[str, float] = field(default_factory=dict)
 
 
 def newest(folder: Path) -> Path | None:

@@ -73,6 +73,23 @@ class DataConfig(Section):
         return self
 
 
+class EvalConfig(Section):
+    """What text the loss is measured on beside training, and when.
+
+    files: globs as those of `data`, whose other settings hold here too.
+    every: optimizer steps between evaluations; the last step is always followed by one.
+    sequences: how many of the text's sequences are taken, from its start; null is all.
+    """
+
+    files: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+    every: Count | None = None
+    sequences: Count | None = None
+
+    def as_data(self, data: DataConfig) -> DataConfig:
+        """The held-out text as `load_text` takes it."""
+        return data.model_copy(update={"files": self.files})
+
+
 class RunConfig(Section):
     """Where a run writes, and how long it waits.
 
@@ -98,6 +115,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
+    eval: EvalConfig | None = None
     run: RunConfig = RunConfig()
 
 

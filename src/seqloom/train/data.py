@@ -47,7 +47,7 @@ def load_text(data: DataConfig, tokenizer: Tokenizer) -> PackedText:
     )
 
 
-def find_files(globs: Sequence[str]) -> list[str]:
+def find_files(globs: Sequence[str], key: str = "data.files") -> list[str]:
     """The files that the globs match: absolute, each once, sorted by name.
 
     `{stdlib}` stands for the folder of this Python's standard library. Raises DataError for a
@@ -59,7 +59,7 @@ def find_files(globs: Sequence[str]) -> list[str]:
         expanded = os.path.expanduser(pattern.replace("{stdlib}", stdlib))
         files = {os.path.abspath(path) for path in iglob(expanded, recursive=True) if os.path.isfile(path)}
         if not files:
-            raise DataError(f"No file matches '{pattern}' of data.files, seen from {os.getcwd()}; correct the glob.")
+            raise DataError(f"No file matches '{pattern}' of {key}, seen from {os.getcwd()}; correct the glob.")
         found |= files
     return sorted(found)
 

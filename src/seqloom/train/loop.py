@@ -1,7 +1,7 @@
 """A training run, from a checked configuration to its last checkpoint."""
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,14 +14,18 @@ from transformers import PreTrainedModel
 from seqloom import __version__
 from seqloom.errors import CheckpointError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import build_model, parallelize, weights_folder, without_progress_bars
+from seqloom.model import Float64Islands, build_model, parallelize, weights_folder, without_progress_bars
 from seqloom.sequence import Batch
 from seqloom.train.checkpoint import Progress, load, newest, read_progress, save
-from seqloom.train.config import Config, TrainConfig
+from seqloom.train.config import Config, EvalConfig, RunConfig
 from seqloom.train.data import load_text
+from seqloom.train.evaluate import evaluate
+from seqloom.train.finite import check_finite
+from seqloom.train.method import TrainConfig
 from seqloom.train.packing import PackedText, order
 from seqloom.train.prepare import CHECKPOINTS, run_settings, sole_writer
 from seqloom.train.progress import Display, Metrics, MetricsFile
+from seqloom.train.scale import LossScale
 from seqloom.train.schedule import learning_rate
 from seqloom.train.step import apply_gradients, compute_gradients
 from seqloom.train.stop import StopRequest
@@ -54,13 +58,21 @@ def train(config: Config, resume: bool) -> Summary:
     settings = config.model.settings()
     tokenizer = load_tokenizer(config.data.tokenizer, model_vocab=settings["vocab_size"])
     text = load_text(config.data, tokenizer)
-    weights = weights_folder(config.model.path)
-    model = parallelize(build_model(settings, weights=weights, seed=config.train.seed), fabric)
-    if config.train.gradient_checkpointing:
-        _recompute(model)
-    optimizer = _optimizer(model, config.train)
-    done = _restore(config.run.folder, text, model, optimizer, fabric) if resume else 0
-    return _Run(config, fabric, text, tokenizer, model, optimizer).go(done)
+    held_out = load_text(config.eval.as_data(config.data), tokenizer) if config.eval is not None else None
+    weights, exact = weights_folder(config.model.path), config.train.precision == "float64"
+    with Float64Islands() if exact else nullcontext():
+        dtype = torch.float64 if exact else torch.float32
+        model = parallelize(build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed), fabric)
+        if config.train.gradient_checkpointing:
+            _recompute(model)
+        optimizer = _optimizer(model, config.train)
+        run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0))
+        if config.train.precision == "fp16":
+            run.scale = LossScale(config.train.initial_loss_scale)
+        progress = _restore(config.run.folder, text, model, optimizer, fabric) if resume else None
+        if progress is not None:
+            run.take_up(progress)
+        return run.go(progress.step if progress is not None else 0)
 
 
 @dataclass
@@ -70,9 +82,21 @@ class _Run:
     config: Config
     fabric: Fabric
     text: PackedText
+    held_out: PackedText | None
     tokenizer: Tokenizer
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
+    scale: LossScale
+    best_loss: float | None = None
+    best_step: int = 0
+
+    def take_up(self, progress: Progress) -> None:
+        """Go on with what the checkpoint says beside the weights."""
+        said = progress.running
+        if self.config.train.precision == "fp16" and "loss_scale" in said:
+            self.scale = LossScale(said["loss_scale"], int(said["finite_steps"]))
+        if self.held_out is not None and "best_loss" in said:
+            self.best_loss, self.best_step = said["best_loss"], int(said["best_step"])
 
     def go(self, done: int) -> Summary:
         """Take the steps from number `done` on."""
@@ -90,12 +114,14 @@ class _Run:
             while step < train.steps and not stopped:
                 line = self._step(step)
                 step = line.step
+                if self._due(step, self.config.eval) or (self.held_out is not None and step == train.steps):
+                    line = replace(line, evaluation_loss=self._evaluate(step))
                 losses.append(line.loss)
                 if leader:
                     metrics.write(line)
                     display.show(line)
                 stopped = stop.agreed(self.fabric)
-                if stopped or step == train.steps or self._due(step):
+                if stopped or step == train.steps or self._due(step, self.config.run):
                     self._save(step)
         if step == train.steps and (leader or hasattr(self.model, "_split_by")):  # parts are gathered by all
             with without_progress_bars():
@@ -108,9 +134,26 @@ class _Run:
             step, train.steps, loss, len(recent), self.text.unigram_entropy, stopped and step < train.steps, folder
         )
 
-    def _due(self, step: int) -> bool:
-        every = self.config.run.save_every
+    def _due(self, step: int, section: RunConfig | EvalConfig | None) -> bool:
+        every = section.save_every if isinstance(section, RunConfig) else section and section.every
         return every is not None and step % every == 0
+
+    def _evaluate(self, step: int) -> float:
+        """The loss on the held-out text, the best so far noted."""
+        train = self.config.train
+        assert self.config.eval is not None and self.held_out is not None
+        loss = evaluate(
+            self.model,
+            self.held_out,
+            self.fabric,
+            sequences=self.config.eval.sequences,
+            micro_batch=train.micro_batch,
+            precision=train.precision,
+            chunk_tokens=train.loss_chunk,
+        )
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
+        return loss
 
     def _step(self, step: int) -> Metrics:
         train, started = self.config.train, perf_counter()
@@ -119,19 +162,30 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         report = compute_gradients(
-            self.model, self._batches(step), self.fabric, precision=train.precision, chunk_tokens=train.loss_chunk
+            self.model,
+            self._batches(step),
+            self.fabric,
+            precision=train.precision,
+            chunk_tokens=train.loss_chunk,
+            loss_scale=self.scale.value,
         )
-        apply_gradients(self.model, self.optimizer, report, clip=train.clip)
+        scale, skipped = self.scale, train.precision == "fp16" and self.scale.overflowed(report)
+        if not skipped:
+            check_finite(self.model, report, self.fabric, step=step + 1)
+            apply_gradients(self.model, self.optimizer, report, clip=train.clip)
+        if train.precision == "fp16":
+            self.scale = scale.after(report, train.loss_scale_window)
         seconds = perf_counter() - started
         return Metrics(
             step=step + 1,
             loss=report.loss,
-            gradient_norm=report.gradient_norm,
+            gradient_norm=None if skipped else report.gradient_norm,
             learning_rate=rate,
             label_tokens=report.label_count,
             seconds=seconds,
             tokens_per_second=train.batches.at(step)[1] * self.config.data.sequence_length / seconds,
             sent_bytes=self.fabric.meter.sent,
+            loss_scale=scale.value if train.precision == "fp16" else None,
         )
 
     def _batches(self, step: int) -> list[Batch]:
@@ -146,7 +200,12 @@ class _Run:
         ]
 
     def _save(self, step: int) -> None:
-        progress = Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config))
+        running: dict[str, float] = {}
+        if self.config.train.precision == "fp16":
+            running |= {"loss_scale": self.scale.value, "finite_steps": self.scale.finite_steps}
+        if self.best_loss is not None:
+            running |= {"best_loss": self.best_loss, "best_step": self.best_step}
+        progress = Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config), running=running)
         checkpoints = self.config.run.folder / CHECKPOINTS
         save(checkpoints, progress, self.model, self.optimizer, self.fabric, self.config.run.keep)
 
@@ -212,8 +271,8 @@ def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
 
 def _restore(
     folder: Path, text: PackedText, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric
-) -> int:
-    """Load the newest checkpoint, if there is one; returns the steps taken so far."""
+) -> Progress | None:
+    """Load the newest checkpoint, if there is one; returns how far it had come."""
     path = newest(folder / CHECKPOINTS)
     progress = read_progress(path) if path is not None else None
     step = progress.step if progress is not None else 0
@@ -225,11 +284,11 @@ def _restore(
             "shared by all machines."
         )
     if path is None or progress is None:
-        return 0
+        return None
     if progress.text != text.fingerprint:
         raise CheckpointError(
             f"{path} was trained on other text than data.files holds now; "
             "restore the files, or name another run.folder."
         )
     load(path, model, optimizer, fabric)
-    return step
+    return progress

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from seqloom.train.batches import Batches
 from seqloom.train.fields import Amount, Count, Decay, Rate, Section, Seed, Share
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "fp16", "float64"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 
@@ -30,7 +30,9 @@ class TrainConfig(Section):
     weight_decay: of AdamW, decoupled; applied to matrices only.
     betas: decay of AdamW's first and second moments.
     clip: the largest global gradient norm; null is no limit.
-    precision: `float32`, or `bf16` for the arithmetic of the model.
+    precision: `float32`; `bf16` or `fp16` for the arithmetic of the model alone; `float64` for everything, as proofs.
+    initial_loss_scale: what `fp16` multiplies losses by at first.
+    loss_scale_window: steps in a row without overflow after which that scale doubles.
     seed: of the first weights.
     loss_chunk: tokens whose logits exist at the same time.
     gradient_checkpointing: recompute each layer's activations in backward to save memory.
@@ -52,6 +54,8 @@ class TrainConfig(Section):
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     clip: Amount | None = 1.0
     precision: Precision = "float32"
+    initial_loss_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 65536.0
+    loss_scale_window: Count = 2000
     seed: Seed = 0
     loss_chunk: Count = 1024
     gradient_checkpointing: bool = False
@@ -86,7 +90,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
-        if found := [*self._batch_reasons(), *self._schedule_reasons()]:
+        if found := [*self._batch_reasons(), *self._schedule_reasons(), *self._scale_reasons()]:
             raise ValueError(" Also: ".join(found))
         return self
 
@@ -146,3 +150,9 @@ class TrainConfig(Section):
                     "train.schedule is 'constant', which never falls, so train.decay_steps, train.decay_samples and "
                     "train.final_learning_rate_share say nothing; leave them out."
                 )
+
+    def _scale_reasons(self) -> Iterator[str]:
+        for name in ("initial_loss_scale", "loss_scale_window"):
+            given, default = getattr(self, name), TrainConfig.model_fields[name].default
+            if self.precision != "fp16" and given != default:
+                yield f"train.{name} is {given:g}, but only train.precision=fp16 scales losses; leave it out."

@@ -41,6 +41,7 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
     check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
     probe(outline(config.model.settings()), config.plan)
     find_files(config.data.files)
+    find_files(config.eval.files if config.eval is not None else (), "eval.files")
     load_tokenizer(config.data.tokenizer, model_vocab=shape.vocab)
     folder = config.run.folder
     _check_writable(folder)
@@ -88,7 +89,7 @@ def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[s
     before, now = (_flat(settings) for settings in (progress.config, json.loads(json.dumps(run_settings(config)))))
     changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
     free = {f"train.{key}" for key in FREE_TO_CHANGE}
-    fixed = [key for key in changed if key not in free and not key.startswith("run.")]
+    fixed = [key for key in changed if key not in free and not key.startswith(("run.", "eval"))]
     if fixed:
         said = ", ".join(f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in fixed)
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
@@ -19,17 +19,24 @@ class Metrics:
 
     loss: nats per label token. label_tokens: of the step, on all ranks. tokens_per_second: tokens
     of all sequences of the step over its wall time. sent_bytes: what rank 0 sent in the step, by
-    mesh axis.
+    mesh axis. loss_scale: of float16. gradient_norm: None where it overflowed and the weights stayed as they were.
+    evaluation_loss: nats per label token of the held-out text, after the step.
     """
 
     step: int
     loss: float
-    gradient_norm: float
+    gradient_norm: float | None
     learning_rate: float
     label_tokens: int
     seconds: float
     tokens_per_second: float
     sent_bytes: dict[str, int]
+    loss_scale: float | None = None
+    evaluation_loss: float | None = None
+
+
+_ALWAYS = [field.name for field in fields(Metrics) if field.default is MISSING]
+"""Fields of every line; the others stand where there is something to say."""
 
 
 class MetricsFile:
@@ -45,7 +52,10 @@ class MetricsFile:
 
     def write(self, metrics: Metrics) -> None:
         """Add a line. Floats are written so that they read back exactly."""
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.write(
+            json.dumps({key: value for key, value in asdict(metrics).items() if key in _ALWAYS or value is not None})
+            + "\n"
+        )
         self._file.flush()
 
     def close(self) -> None:

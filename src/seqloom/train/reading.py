@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -158,5 +158,6 @@ def _names(section: type[Section], prefix: str = "") -> Iterator[str]:
     """The dotted path of every setting."""
     for name, field in section.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _names(field.annotation, f"{prefix}{name}.")
+        for kind_of in get_args(field.annotation) or (field.annotation,):
+            if isinstance(kind_of, type) and issubclass(kind_of, Section):
+                yield from _names(kind_of, f"{prefix}{name}.")

@@ -26,6 +26,9 @@ from seqloom.tensor import local
 PIECE = 2**24
 """Elements whose squares are summed at once: their copies in float64 are all the memory that a norm takes."""
 
+LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions under which models compute in a lower type than that of their weights."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -41,19 +44,26 @@ class StepReport:
 
 
 def computing(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context of forward passes: autocast to bfloat16 for "bf16", the parameters' own type otherwise."""
-    if precision not in ("float32", "float64", "bf16"):
-        raise ConfigError(f"precision '{precision}' is unknown; it is one of float32, float64, bf16.")
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """The context of forward passes: autocast to bfloat16 or float16 for "bf16" and "fp16", else none."""
+    if precision not in ("float32", "float64", *LOWER):
+        raise ConfigError(f"precision '{precision}' is unknown; it is one of float32, float64, bf16, fp16.")
+    return torch.autocast(device.type, LOWER[precision]) if precision in LOWER else nullcontext()
 
 
 def compute_gradients(
-    model: PreTrainedModel, micro_batches: Sequence[Batch], fabric: Fabric, *, precision: str, chunk_tokens: int
+    model: PreTrainedModel,
+    micro_batches: Sequence[Batch],
+    fabric: Fabric,
+    *,
+    precision: str,
+    chunk_tokens: int,
+    loss_scale: float = 1.0,
 ) -> StepReport:
     """Leave in every parameter the gradient of the mean loss over all labels of all micro-batches.
 
     Every rank passes the same global micro-batches. Gradients that were there are replaced. Where they are
-    afterwards `seqloom.model.gradient` tells.
+    afterwards `seqloom.model.gradient` tells. loss_scale: what losses are multiplied by for backward; gradients are
+    divided by it once they are summed.
     """
     total = sum(batch.label_count for batch in micro_batches)
     share = torch.zeros((), dtype=torch.float64, device=fabric.device)
@@ -63,9 +73,11 @@ def compute_gradients(
         mine, shard = shard_batch(batch, fabric, windows=windows)
         with computing(precision, fabric.device):
             loss = token_loss(model, mine, shard, total=total, chunk_tokens=chunk_tokens)
-        loss.backward()
+        (loss * loss_scale if loss_scale != 1 else loss).backward()
         share += loss.detach()
     sum_gradients(model, fabric)
+    for found in gradients(model) if loss_scale != 1 else ():
+        local(found).mul_(1 / loss_scale)
     all_reduce_(share, fabric.world)
     return StepReport(share.item(), gradient_norm(model, fabric), total)
 
