@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from seqloom import __version__
 from seqloom.errors import CheckpointError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import Float64Islands, build_model, parallelize, weights_folder, without_progress_bars
+from seqloom.model import (
+    Float64Islands,
+    build_model,
+    clear_gradients,
+    parallelize,
+    weights_folder,
+    without_progress_bars,
+)
 from seqloom.sequence import Batch
 from seqloom.train.checkpoint import Progress, load, newest, read_progress, save
 from seqloom.train.config import Config, EvalConfig, RunConfig
@@ -170,7 +177,9 @@ class _Run:
             loss_scale=self.scale.value,
         )
         scale, skipped = self.scale, train.precision == "fp16" and self.scale.overflowed(report)
-        if not skipped:
+        if skipped:
+            clear_gradients(self.model)  # a checkpoint is not to meet them
+        else:
             check_finite(self.model, report, self.fabric, step=step + 1)
             apply_gradients(self.model, self.optimizer, report, clip=train.clip)
         if train.precision == "fp16":
