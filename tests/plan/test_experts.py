@@ -1,5 +1,7 @@
 """Which ways to deal out experts are legal."""
 
+from dataclasses import replace
+
 import pytest
 
 from seqloom.plan import ModelShape, Plan, fit, read_config, reasons
@@ -37,3 +39,11 @@ def test_a_model_without_experts() -> None:
     assert reasons(Plan(ring=2, expert=2), dense, 64) == [
         "expert=2 deals out experts, and this llama has none; leave it out."
     ]
+
+
+def test_the_balance_of_experts() -> None:
+    """Catches a pipeline that would balance each rank's layers apart, and a balance of nothing."""
+    balanced = replace(MIXTRAL, balanced=True)
+    assert reasons(Plan(ring=2), balanced, 64) == []
+    assert any("output_router_logits=true balances" in said for said in reasons(Plan(pipeline=2), balanced, 64))
+    assert any("no layer of the model has any" in said for said in reasons(Plan(), replace(balanced, experts=0), 64))

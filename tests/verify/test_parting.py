@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +16,7 @@ from pool import Pool
 from seqloom.geometry import Mask
 from seqloom.model import bloom
 from seqloom.plan import Plan, fit, read_config
-from seqloom.sequence import Batch, LocalBatch, shard_batch
+from seqloom.sequence import Batch, shard_batch
 from seqloom.tensor import local
 from seqloom.verify import Case, Parting, Verdict, verify_here
 from seqloom.verify.parting import later_parting
@@ -146,7 +146,7 @@ def wrong_tokens(rank: int) -> AbstractContextManager[Any]:
 def labels_lost() -> AbstractContextManager[Any]:
     def wrong(*args: Any, **kwargs: Any) -> Any:
         local, shard = shard_batch(*args, **kwargs)
-        return LocalBatch(local.input_ids, local.position_ids, local.labels * 0, local.label_count), shard
+        return replace(local, labels=local.labels * 0), shard
 
     return both_ways(wrong)
 

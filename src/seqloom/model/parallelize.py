@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.memory import chunked_cross_entropy
+from seqloom.model.balance import balance_loss, is_balanced
 from seqloom.model.experts import split_experts
 from seqloom.model.families import layers
 from seqloom.model.pieces import count_copies, tied_names
@@ -148,16 +149,25 @@ def token_loss(
     shard: SequenceShard,
     *,
     total: int | None = None,
+    sequences: int | None = None,
     chunk_tokens: int = LOSS_CHUNK_TOKENS,
 ) -> Tensor:
     """This rank's share of the mean loss over all label tokens, in nats; the shares of all ranks sum to it.
 
-    total: label tokens of the whole optimizer step, over all ranks and micro-batches; by default
-    those of this micro-batch. chunk_tokens: tokens whose logits exist at once. A rank without
-    labels contributes exactly 0. Gradients of the shares sum (never average) over ranks to the
-    gradient of the mean: see `sum_gradients`.
+    total, sequences: label tokens and sequences of the whole optimizer step, over all ranks and micro-batches; by
+    default those of this micro-batch. Sequences count where the configuration's output_router_logits adds the
+    balance of experts to the loss, as `seqloom.model.balance` has it. chunk_tokens: tokens whose logits exist at
+    once. A rank without labels contributes exactly 0. Gradients of the shares sum (never average) over ranks to the
+    gradient of the mean: see `sum_gradients`. Raises ModelError for a total without sequences where both count.
     """
-    hidden = model.base_model(**local.inputs, sequence=shard).last_hidden_state
+    balanced = is_balanced(model)
+    if balanced and total is not None and sequences is None:
+        raise ModelError(
+            "token_loss was given total= without sequences=, of which the loss of balanced experts is a mean; give the "
+            "sequences of the whole step, too."
+        )
+    found = model.base_model(**local.inputs, sequence=shard)
+    hidden = found.last_hidden_state
     head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     if isinstance(head, ParallelLinear):
@@ -167,4 +177,7 @@ def token_loss(
     summed = chunked_cross_entropy(
         hidden, weight, bias, local.labels, chunk_tokens=chunk_tokens, softcap=softcap, **split
     )
-    return summed / max(local.label_count if total is None else total, 1)
+    loss = summed / max(local.label_count if total is None else total, 1)
+    if balanced:
+        loss = loss + balance_loss(model, found.router_logits, shard, sequences or local.sequences)
+    return loss

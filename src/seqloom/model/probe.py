@@ -74,6 +74,7 @@ def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
     with torch.device("meta"):
         # In bfloat16, since the grouped product of experts has only that on the meta device.
         twin = build(type(model.config).from_dict(model.config.to_dict())).to(torch.bfloat16)
+        twin.config.output_router_logits = False  # the balance of experts has no form on shapes alone
         connect(twin, probing=True)
         try:
             if plan.tensor > 1:

@@ -16,7 +16,8 @@ class ModelShape:
         no layer has a window. max_positions: the longest sequence, None where any length will do.
     intermediate: width of the MLP inside, by default four times hidden. tied: whether the embedding is
         the head's weight too. value_dim: width of a value head, by default head_dim, that of queries and keys.
-    experts: of a layer that has them, 0 where none has; a token goes to experts_per_token of them.
+    experts: of a layer that has them, 0 where none has; a token goes to experts_per_token of them, and `balanced`
+        is whether the loss asks for their balance.
     unsupported: a sentence for each feature that no plan honours yet.
     """
 
@@ -34,6 +35,7 @@ class ModelShape:
     value_dim: int = 0
     experts: int = 0
     experts_per_token: int = 0
+    balanced: bool = False
     unsupported: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ class ModelShape:
             value_dim=values["v_head_dim"] if family in _LATENT else 0,
             experts=_experts(family, values),
             experts_per_token=values.get("num_experts_per_tok", 0),
+            balanced=bool(values.get("output_router_logits")),
             unsupported=tuple(_unsupported(config)),
         )
 
@@ -173,6 +176,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gpt2": {"tie_word_embeddings": True},
 }
 """What transformers takes where a configuration does not say, as far as a plan depends on it."""
+
+_BALANCED = ("gpt_oss", "mixtral", "qwen3_moe")
+"""Families whose loss may hold the balance of their experts."""
 
 _LATENT = ("deepseek_v2", "deepseek_v3")
 """Families of multi-head latent attention: a key and a value for each query head, of widths of their own."""
@@ -296,11 +302,15 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
             found.append(f"{key}={config[key]} asks for {what}, which only {had} can have; set it to null.")
     for key, what in (
         ("use_bidirectional_attention", "attention to both sides"),
-        ("output_router_logits", "a loss that balances experts"),
         ("add_cross_attention", "attention to another model's states"),
     ):
         if config.get(key):
             found.append(f"{key}={config[key]} asks for {what}, which is not supported yet; set it to false.")
+    if config.get("output_router_logits") and family in FAMILIES and family not in _BALANCED:
+        found.append(
+            f"output_router_logits={config['output_router_logits']} asks for a loss that balances experts, which "
+            f"transformers' {family} does not compute; set it to false."
+        )
     if config.get("router_jitter_noise"):
         found.append(
             f"router_jitter_noise={config['router_jitter_noise']} would draw other noise under each plan; set it to 0."

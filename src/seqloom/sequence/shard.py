@@ -43,6 +43,7 @@ class SequenceShard:
     exchange: `Plan.exchange`. seed, first_row: what dropout draws from; first_row is the number of
     the first local row in the run's data. tokens: what the two sides of the tensor grid hold.
     head_rank: this rank's place among those the heads are split over by the tensor grid, evenly.
+    sharing: the axes over which a sequence's tokens are split on the outer side.
     kept: what attention keeps of the layers under way, where the rest of them is computed again in backward.
     """
 
@@ -57,6 +58,7 @@ class SequenceShard:
     first_row: int | None = None
     tokens: TokenSplit | None = None
     head_rank: int = 0
+    sharing: tuple[Axis, ...] = ()
     kept: KeptResults | None = None
     _made: dict[Hashable, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -129,13 +131,14 @@ class LocalBatch:
 
     input_ids, position_ids, labels: [local rows, local tokens], int64; positions count from the
     start of each document. Under a tensor grid input_ids are the tokens of its outer side, the others
-    those of its inner side. label_count: labels of the whole batch, on all ranks together.
+    those of its inner side. label_count, sequences: labels and rows of the whole batch, on all ranks together.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     label_count: int
+    sequences: int
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def shard_batch(
     even = tuple(mask.within(window) for window in windows for mask in masks) if plan.layout == "balanced" else ()
     layout = Layout(plan.layout, batch.num_tokens, plan.attention_ring, plan.attention_ulysses, even)
     tokens = split_tokens(layout, fabric)
+    outer_only = filter(None, [plan.tensor_grid.outer_only])
     shard = SequenceShard(
         masks=masks,
         layout=layout,
@@ -175,6 +179,7 @@ def shard_batch(
         first_row=None if batch.first_row is None else batch.first_row + mine.start,
         tokens=tokens,
         head_rank=fabric.grid[plan.tensor_grid.inner.hidden or ""].rank,
+        sharing=(fabric.ring, fabric.ulysses, *(fabric.grid[name] for name in outer_only)),
     )
     inner = torch.cat([torch.arange(*span) for span in shard.spans])
     outer = torch.cat([torch.arange(*span) for span in tokens.outer])
@@ -182,7 +187,7 @@ def shard_batch(
         part[mine].index_select(1, held).to(fabric.device)
         for part, held in zip(_columns(batch), (outer, inner, inner), strict=True)
     )
-    return LocalBatch(*parts, label_count=batch.label_count), shard
+    return LocalBatch(*parts, label_count=batch.label_count, sequences=len(batch.tokens)), shard
 
 
 def _columns(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,13 +66,14 @@ def compute_gradients(
     divided by it once they are summed.
     """
     total = sum(batch.label_count for batch in micro_batches)
+    sequences = sum(len(batch.tokens) for batch in micro_batches)
     share = torch.zeros((), dtype=torch.float64, device=fabric.device)
     clear_gradients(model)
     windows = layer_windows(model)
     for batch in micro_batches:
         mine, shard = shard_batch(batch, fabric, windows=windows)
         with computing(precision, fabric.device):
-            loss = token_loss(model, mine, shard, total=total, chunk_tokens=chunk_tokens)
+            loss = token_loss(model, mine, shard, total=total, sequences=sequences, chunk_tokens=chunk_tokens)
         (loss * loss_scale if loss_scale != 1 else loss).backward()
         share += loss.detach()
     sum_gradients(model, fabric)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -83,18 +84,24 @@ def layer_masks(model: PreTrainedModel, batch: Batch, row: int) -> Tensor | dict
 
 def one_device_logits(model: PreTrainedModel, batch: Batch, row: int, *, precision: str) -> Tensor:
     """[1, S, vocab]: the whole row through the model's own code."""
+    logits: Tensor = one_device_output(model, batch, row, precision=precision).logits
+    return logits
+
+
+def one_device_output(model: PreTrainedModel, batch: Batch, row: int, *, precision: str) -> Any:
+    """What the model's own code makes of the whole row, its balance of experts among it."""
     part = slice(row, row + 1)
     mask = layer_masks(model, batch, row)
     given = {} if model.config.model_type == "bloom" else {"attention_mask": mask}
     # Rows without a number are of a model that does not drop out.
     drawn = nullcontext() if batch.first_row is None else coins(model, batch.seed, batch.first_row + row)
-    with drawn, _bloom_mask(model, mask), computing(precision, model.device):
+    with drawn, _bloom_mask(model, mask), _padding_alone(model, batch, row), computing(precision, model.device):
         return model(
             input_ids=batch.tokens[part].to(model.device),
             position_ids=batch.positions()[part].to(model.device),
             use_cache=False,
             **given,
-        ).logits
+        )
 
 
 def _bloom_mask(model: PreTrainedModel, mask: object) -> AbstractContextManager[object]:
@@ -102,6 +109,20 @@ def _bloom_mask(model: PreTrainedModel, mask: object) -> AbstractContextManager[
     if model.config.model_type != "bloom":
         return nullcontext()
     return patch.object(sys.modules[type(model).__module__], "create_causal_mask", lambda **_: mask)
+
+
+def _padding_alone(model: PreTrainedModel, batch: Batch, row: int) -> AbstractContextManager[object]:
+    """The balance of experts takes the mask for one of padding: while this is entered it is given that of the row."""
+    module = sys.modules[type(model).__module__]
+    own = getattr(module, "load_balancing_loss_func", None)
+    if own is None:
+        return nullcontext()
+    mask = None
+    if batch.documents and batch.padding and batch.padding[row]:
+        kept = [number not in batch.padding[row] for number in range(len(batch.documents[row]))]
+        mask = torch.tensor(kept).repeat_interleave(torch.tensor(batch.documents[row])).to(model.device)[None]
+    given = lambda logits, experts, each, _: own(logits, experts, each, mask)  # noqa: E731
+    return patch.object(module, "load_balancing_loss_func", given)
 
 
 def one_device_steps(
@@ -117,13 +138,17 @@ def one_device_steps(
     run = Trajectory()
     for micro_batches in steps:
         total = sum(batch.label_count for batch in micro_batches)
+        rows = sum(len(batch.tokens) for batch in micro_batches)
         model.zero_grad()
         loss = 0.0
         for batch, row in _rows(micro_batches):
-            logits = one_device_logits(model, batch, row, precision=precision)
+            found = one_device_output(model, batch, row, precision=precision)
+            logits = found.logits
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
             labels = batch.labels[row].to(model.device)
             share = cross_entropy(wide, labels, ignore_index=NO_LABEL, reduction="sum") / total
+            if getattr(found, "aux_loss", None) is not None:
+                share = share + found.aux_loss * (model.router_aux_loss_coef / rows)
             share.backward()
             loss += share.item()
         run.losses.append(loss)

@@ -1,0 +1,79 @@
+"""The balance of experts in the loss, against the model's own, one sequence at a time."""
+
+import pytest
+import torch
+
+from close import assert_close
+from model.dense import batch_of, build
+from pool import Pool
+from seqloom.errors import ModelError
+from seqloom.fabric import Fabric, all_reduce_
+from seqloom.model import parallelize, sum_gradients, token_loss
+from seqloom.plan import Plan, fit, read_config
+from seqloom.sequence import Batch, shard_batch
+from seqloom.verify import Case, verify_here
+from seqloom.verify.lift import Float64Islands
+from seqloom.verify.oracle import one_device_output
+
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
+
+
+def verified(family: str, text: str) -> str | None:
+    """What is wrong with a run of two steps of two micro-batches of two rows on each data rank, or None."""
+    plan = Plan.parse(text)
+    config = {**fit(read_config(family), plan, 48), **BALANCED}
+    verdict = verify_here(Case(config=config, plan=plan, num_tokens=48, batch=2, accumulate=2, steps=2))
+    return None if verdict.equal else str(verdict)
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("mixtral", "ring=3 expert=3"),
+        ("qwen3_moe", "data=2 ulysses=2 layout=striped"),
+        ("gpt_oss", "data=2 expert=2"),
+    ],
+)
+def test_no_plan_changes_it(pool: Pool, family: str, text: str) -> None:
+    """Catches a mean of each shard's balance, of each rank's rows, or of each micro-batch, all of which are others."""
+    assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
+
+
+def padded(text: str) -> None:
+    """Rows with padding: only their balance is in the loss, whose gradient the router has."""
+    plan = Plan.parse(text)
+    fabric = Fabric.build(plan)
+    whole = batch_of(2)
+    mask = torch.ones_like(whole.tokens)
+    mask[0, 30:] = mask[1, :5] = 0
+    batch = Batch.from_tokens(whole.tokens, attention_mask=mask, first_row=0)
+    with Float64Islands():
+        dense, model = build("mixtral", **BALANCED), build("mixtral", **BALANCED)
+        dense.set_attn_implementation("eager")
+        found = [one_device_output(dense, batch, row, precision="float64").aux_loss for row in range(2)]
+        expected = torch.stack(found).sum() * (0.5 / 2)
+        expected.backward()
+        model = parallelize(model, fabric)
+        local, shard = shard_batch(batch, fabric)
+        loss = token_loss(model, local, shard, total=10**15, sequences=2)  # so that the tokens' loss is nothing
+        loss.backward()
+        sum_gradients(model, fabric)
+    loss = all_reduce_(loss.detach(), fabric.world)
+    assert_close(loss, expected.detach(), tolerance=1e-9, ranks=fabric.world.size)
+    name = "model.layers.1.mlp.gate.weight"
+    ours, theirs = (each.get_parameter(name).grad for each in (model, dense))
+    assert_close(ours, theirs, tolerance=1e-9, ranks=fabric.world.size)
+
+
+def test_padding_does_not_count(pool: Pool) -> None:
+    """Catches padding counted as tokens, which it is not in the family's formula, and shards that miss it."""
+    pool.run(3, padded, "ring=3")
+
+
+def test_the_sequences_of_a_step_are_asked_for() -> None:
+    """Catches a mean over the sequences of one micro-batch where the tokens' is over those of all."""
+    fabric = Fabric.build(Plan())
+    model = parallelize(build("mixtral", **BALANCED), fabric)
+    local, shard = shard_batch(batch_of(1), fabric)
+    with pytest.raises(ModelError, match="total= without sequences="):
+        token_loss(model, local, shard, total=7)
