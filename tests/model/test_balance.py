@@ -77,3 +77,5 @@ def test_the_sequences_of_a_step_are_asked_for() -> None:
     local, shard = shard_batch(batch_of(1), fabric)
     with pytest.raises(ModelError, match="total= without sequences="):
         token_loss(model, local, shard, total=7)
+    whole, tokens = token_loss(model, local, shard), token_loss(model, local, shard, sequences=0)
+    assert tokens + 0.4 < whole, "with a coefficient of 0.5 a balance is about 0.5 or more for each token's choice"

@@ -156,11 +156,11 @@ def token_loss(
 
     total, sequences: label tokens and sequences of the whole optimizer step, over all ranks and micro-batches; by
     default those of this micro-batch. Sequences count where the configuration's output_router_logits adds the
-    balance of experts to the loss, as `seqloom.model.balance` has it. chunk_tokens: tokens whose logits exist at
+    balance of experts to the loss, as `seqloom.model.balance` has it; 0 leaves that out. chunk_tokens: tokens whose logits exist at
     once. A rank without labels contributes exactly 0. Gradients of the shares sum (never average) over ranks to the
     gradient of the mean: see `sum_gradients`. Raises ModelError for a total without sequences where both count.
     """
-    balanced = is_balanced(model)
+    balanced = is_balanced(model) and sequences != 0
     if balanced and total is not None and sequences is None:
         raise ModelError(
             "token_loss was given total= without sequences=, of which the loss of balanced experts is a mean; give the "
