@@ -45,19 +45,33 @@ class Pool:
         self._calls = 0
         self._workers: list[tuple[Any, Connection]] = []
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 60) -> list[Any]:
+    def run(
+        self,
+        world: int,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout_seconds: float = 60,
+        collective_seconds: float | None = None,
+    ) -> list[Any]:
         """`function(*args)` on ranks 0 .. world-1 inside a fresh gloo group of that size; results in rank order.
 
         Arguments and results travel by pickle, tensors by value. Raises the root error as `run_local` does:
         SeqloomErrors as themselves, anything else as WorkerError, with the rank's traceback as a note. A rank that
-        gives no answer in `timeout_seconds` fails the call. Workers that hang or died are replaced.
+        gives no answer in `timeout_seconds` fails the call, and a collective after `collective_seconds`, if given. Workers that hang or died are replaced.
         """
         assert 1 <= world <= SIZE, f"the pool has {SIZE} workers, not {world}"
         if not self._workers:
             self._start()
         self._calls += 1
         file = getattr(sys.modules[function.__module__], "__file__", None)
-        job = (self._calls, world, timeout_seconds, function.__module__, file, pickle.dumps((function, args)))
+        job = (
+            self._calls,
+            world,
+            collective_seconds or timeout_seconds,
+            function.__module__,
+            file,
+            pickle.dumps((function, args)),
+        )
         for _, pipe in self._workers[:world]:
             pipe.send(job)
         said = self._collect(world, timeout_seconds)

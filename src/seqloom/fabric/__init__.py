@@ -20,6 +20,7 @@ from seqloom.fabric.collectives import (
     start_sum_parts,
     start_trade,
 )
+from seqloom.fabric.failure import naming_others
 from seqloom.fabric.mesh import AXES, Axis, Fabric
 from seqloom.fabric.meter import Meter
 
@@ -36,6 +37,7 @@ __all__ = [
     "barrier",
     "broadcast_",
     "gather_values",
+    "naming_others",
     "send",
     "shift",
     "start_all_gather",

@@ -4,8 +4,8 @@ The functions on the first half move plain tensors, in place or asynchronously, 
 autograd. The second half are differentiable; each says what it does forward and backward.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 
-from seqloom.errors import CommunicationError
+from seqloom.fabric.failure import naming
 from seqloom.fabric.mesh import Axis
 from seqloom.geometry import even_bounds
 
@@ -23,23 +23,11 @@ from seqloom.geometry import even_bounds
 _all_gather_single = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter_single = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
-_LINK_WORDS = ("connection", "transport", "timed out", "timeout", "socket", "broken pipe", "nccl")
-"""How a backend's message reads when a peer is gone, as opposed to wrong use of a collective."""
 
-
-@contextmanager
-def _naming(what: str, axis: Axis) -> Iterator[None]:
-    """Turn a backend's failure into a sentence that names the collective and the axis."""
-    try:
-        yield
-    except RuntimeError as error:  # gloo and NCCL raise RuntimeError and its subclasses for everything
-        if not any(word in str(error).lower() for word in _LINK_WORDS):
-            raise
-        cause = str(error).strip().splitlines()[0]
-        raise CommunicationError(
-            f"{what} on axis {axis.name} failed at rank {axis.rank} of {axis.size}: a peer died or stalled; "
-            f"if another rank reports an error of its own, that is the reason ({cause})."
-        ) from error
+def _beginning(what: str, axis: Axis) -> AbstractContextManager[None]:
+    """Name the collective that begins here; all ranks of the axis count it, also those with nothing to send."""
+    axis.meter.place.begin(what, axis.name)
+    return naming(what, axis, axis.meter.place.counts[axis.name])
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -56,10 +44,14 @@ class Pending:
     arriving: Any  # a tensor, or what else the transfer fills
     leaving: Any = None  # kept alive until the transfer ends
     finish: Callable[[], None] | None = None  # what is left to do with what arrived
+    number: int = 0  # of the collective on its axis
+
+    def __post_init__(self) -> None:
+        self.number = self.axis.meter.place.counts[self.axis.name]
 
     def wait(self) -> Any:
         """Block until the transfer has ended on this rank."""
-        with _naming(self.what, self.axis):
+        with naming(self.what, self.axis, self.number):
             for work in self.works:
                 work.wait()
         if self.finish is not None:
@@ -80,7 +72,7 @@ def start_shift(
     arriving = [torch.empty_like(part) for part in block] if into is None else list(into)
     source, target = (axis.rank - by) % axis.size, (axis.rank + by) % axis.size
     axis.meter.add(axis.name, sum(map(_bytes, block)))
-    with _naming("shift", axis):
+    with _beginning("shift", axis):
         works = _start_messages({target: block}, {source: arriving}, axis, tag)
     return Pending("shift", axis, works, arriving, block)
 
@@ -107,7 +99,7 @@ def start_all_gather(block: Tensor, axis: Axis) -> Pending:
         gathered[0] = block
         return Pending("all-gather", axis, [], gathered)
     axis.meter.add(axis.name, (axis.size - 1) * _bytes(block))
-    with _naming("all-gather", axis):
+    with _beginning("all-gather", axis):
         leaving = block.contiguous()
         work = _all_gather_single(gathered.flatten(0, 1), leaving, group=axis.group, async_op=True)
     return Pending("all-gather", axis, [work], gathered, leaving)
@@ -120,7 +112,7 @@ def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
         mine.copy_(parts[0])
         return Pending("reduce-scatter", axis, [], mine)
     axis.meter.add(axis.name, (axis.size - 1) * _bytes(mine))
-    with _naming("reduce-scatter", axis):
+    with _beginning("reduce-scatter", axis):
         leaving = parts.contiguous().flatten(0, 1)
         work = _reduce_scatter_single(mine, leaving, group=axis.group, async_op=True)
     return Pending("reduce-scatter", axis, [work], mine, leaving)
@@ -137,9 +129,7 @@ def start_trade(leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence
     sent = {peer: leaving[peer] for peer in others if any(part.numel() for part in leaving[peer])}
     received = {peer: arriving[peer] for peer in reversed(others) if any(part.numel() for part in arriving[peer])}
     axis.meter.add(axis.name, sum(_bytes(part) for parts in sent.values() for part in parts))
-    if not (sent or received):
-        return Pending("all-to-all", axis, [], arriving)
-    with _naming("all-to-all", axis):
+    with _beginning("all-to-all", axis):
         works = _start_messages(sent, received, axis, tag=0)
     return Pending("all-to-all", axis, works, arriving, leaving)
 
@@ -227,7 +217,7 @@ def start_all_reduce_(tensor: Tensor, axis: Axis, op: Literal["sum", "max", "min
     if axis.size == 1:
         return Pending("all-reduce", axis, [], tensor)
     axis.meter.add(axis.name, Fraction(2 * (axis.size - 1) * _bytes(tensor), axis.size))
-    with _naming("all-reduce", axis):
+    with _beginning("all-reduce", axis):
         work = distributed.all_reduce(tensor, _REDUCTIONS[op], group=axis.group, async_op=True)
     return Pending("all-reduce", axis, [work], tensor)
 
@@ -242,7 +232,7 @@ def broadcast_(tensor: Tensor, axis: Axis, source: int = 0) -> Tensor:
     if axis.size > 1:
         if axis.rank == source:
             axis.meter.add(axis.name, _bytes(tensor))
-        with _naming("broadcast", axis):
+        with _beginning("broadcast", axis):
             distributed.broadcast(tensor, group=axis.group, group_src=source)
     return tensor
 
@@ -257,7 +247,7 @@ def send(tensor: Tensor, axis: Axis, source: int, target: int = 0) -> Tensor:
     leaving, arriving = ({target: [tensor]}, {}) if axis.rank == source else ({}, {source: [tensor]})
     if leaving:
         axis.meter.add(axis.name, _bytes(tensor))
-    with _naming("send", axis):
+    with naming("send", axis, 0):
         for work in _start_messages(leaving, arriving, axis, tag=0):
             work.wait()
     return tensor
@@ -267,7 +257,7 @@ def gather_values(value: Any, axis: Axis) -> list[Any]:
     """Every rank's small value, in rank order, on all of them; it travels by pickle and is not metered."""
     found: list[Any] = [value] * axis.size
     if axis.size > 1:
-        with _naming("gather", axis):
+        with _beginning("gather", axis):
             distributed.all_gather_object(found, value, group=axis.group)
     return found
 
@@ -275,7 +265,7 @@ def gather_values(value: Any, axis: Axis) -> list[Any]:
 def barrier(axis: Axis) -> None:
     """Wait until every rank of the axis is here."""
     if axis.size > 1:
-        with _naming("barrier", axis):
+        with _beginning("barrier", axis):
             distributed.barrier(group=axis.group)
 
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from seqloom.errors import PlanError
 from seqloom.fabric.meter import Meter
+from seqloom.fabric.watch import Watch
 from seqloom.plan import Plan
 
 AXES = ("pipeline", "data", "ring", "ulysses")
@@ -109,6 +110,9 @@ class Fabric:
             # NCCL asks all ranks of a group to take part in its first call, and the first trade may be between a few.
             for group in groups:
                 distributed.all_reduce(torch.zeros(1, device=device), group=group)
+        if world > 1:
+            meter: Meter = axes["meter"]
+            meter.watch = Watch(meter.place, rank, world, distributed.group.WORLD.get_group_store())
         return cls(plan=plan, device=device, mesh=mesh, groups=groups, **axes)
 
     @classmethod

@@ -1,7 +1,9 @@
-"""Counts the bytes this rank hands to the network, by mesh axis."""
+"""Counts the bytes this rank hands to the network, by mesh axis, and knows where it stands."""
 
 from collections import defaultdict
 from fractions import Fraction
+
+from seqloom.fabric.watch import Place, Watch
 
 
 class Meter:
@@ -11,10 +13,14 @@ class Meter:
     sends its block once, an all-to-all everything but its own part, an all-gather its block to each
     of the P-1 others, a reduce-scatter the P-1 parts of others, an all-reduce 2 (P-1)/P of its
     buffer, a broadcast its buffer once from the source.
+
+    place: which collective this rank is in. watch: asks the other ranks for theirs; None where there are none.
     """
 
     def __init__(self) -> None:
         self._sent: dict[str, Fraction] = defaultdict(Fraction)
+        self.place = Place()
+        self.watch: Watch | None = None
 
     def add(self, axis: str, num_bytes: int | Fraction) -> None:
         """Record that this rank sent `num_bytes` along `axis`."""

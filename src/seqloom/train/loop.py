@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from seqloom import __version__
 from seqloom.errors import CheckpointError
-from seqloom.fabric import Fabric, all_reduce_
+from seqloom.fabric import Fabric, all_reduce_, naming_others
 from seqloom.model import (
     Float64Islands,
     build_model,
@@ -79,7 +79,8 @@ def train(config: Config, resume: bool) -> Summary:
         progress = _restore(config.run.folder, text, model, optimizer, fabric) if resume else None
         if progress is not None:
             run.take_up(progress)
-        return run.go(progress.step if progress is not None else 0)
+        with naming_others(fabric):
+            return run.go(progress.step if progress is not None else 0)
 
 
 @dataclass
