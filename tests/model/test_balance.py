@@ -32,6 +32,7 @@ def verified(family: str, text: str) -> str | None:
         ("mixtral", "ring=3 expert=3"),
         ("qwen3_moe", "data=2 ulysses=2 layout=striped"),
         ("gpt_oss", "data=2 expert=2"),
+        ("mixtral", "tensor=2 ring=2 expert=2"),
     ],
 )
 def test_no_plan_changes_it(pool: Pool, family: str, text: str) -> None:

@@ -41,6 +41,8 @@ def verified(family: str, text: str, num_tokens: int = TOKENS, changes: dict[str
         ("mixtral", "ring=3 expert=3"),
         ("deepseek_v3", "ring=2 ulysses=2 expert=4"),
         ("deepseek_v2", "data=2 ring=2 expert=2"),
+        ("qwen3_moe", "tensor=2 ring=2 expert=4"),
+        ("mixtral", "tensor=2"),
     ],
 )
 def test_a_plan_equals_one_device(pool: Pool, family: str, text: str) -> None:
@@ -51,6 +53,23 @@ def test_a_plan_equals_one_device(pool: Pool, family: str, text: str) -> None:
 def test_starved_experts(pool: Pool) -> None:
     """Catches ranks that hang, or have no gradient, where no token comes to their experts: 4 tokens, 8 experts."""
     assert not any(pool.run(4, verified, "deepseek_v3", "ulysses=4 expert=4", 4, {"num_experts_per_tok": 1}))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tensor=2 data=2 ulysses=2 expert=8 layout=contiguous",
+        "tensor=4 ring=2 expert=2 tensor_overlap=ring",
+        "tensor=3 ring=2 expert=3 regather=false",
+        "tensor=2 ring=3 exchange=gather",
+        "tensor=2 ring=2 ulysses=2 expert=4 recompute=full activations=partitioned",
+    ],
+)
+def test_every_way_beside_tensor_ranks(pool: Pool, family: str, text: str) -> None:
+    """Catches gradients of routers and experts not summed over tensor ranks, or summed twice."""
+    assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
 
 
 @pytest.mark.sweep

@@ -33,6 +33,15 @@ def test_degrees_that_do_not(text: str, message: str) -> None:
     assert reasons(Plan.parse(text), MIXTRAL, 64) == [message]
 
 
+def test_experts_between_tensor_ranks() -> None:
+    """Catches tensor ranks that hold the same tokens and would each send them, and grids of which no rule is known."""
+    assert reasons(Plan(tensor=2, ring=2, expert=4), MIXTRAL, 64) == []
+    (said,) = reasons(Plan(tensor=2, sequence_parallel=False), MIXTRAL, 64)
+    assert said.startswith("sequence_parallel=false gives every rank of tensor=2 all tokens")
+    (said,) = reasons(Plan(tensor=4, tensor_kind="2d"), MIXTRAL, 64)
+    assert said.startswith("tensor_kind=2d cannot split mixtral yet; use tensor_kind=1d")
+
+
 def test_a_model_without_experts() -> None:
     """Catches the fields ignored where there is nothing to deal out."""
     dense = ModelShape.from_config(fit(read_config("llama"), Plan(), 64))

@@ -174,7 +174,16 @@ def test_each_reason_in_words(plan: Plan, num_tokens: int, known: dict[str, int]
             "tensor_kind=2.5d cannot split gpt2 yet; use tensor_kind=1d, or a model of gemma2, gemma3_text, llama, "
             "mistral, qwen2, qwen3.",
         ),
-        ("gpt_oss", Plan(tensor=2), "tensor=2 cannot split gpt_oss, whose experts no plan splits yet; use tensor=1."),
+        (
+            "gpt_oss",
+            Plan(tensor=2),
+            "tensor=2 cannot split gpt_oss, whose attention sinks no plan splits yet; use tensor=1.",
+        ),
+        (
+            "deepseek_v2",
+            Plan(tensor=2),
+            "tensor=2 cannot split deepseek_v2, whose latent attention no plan splits yet; use tensor=1.",
+        ),
     ],
 )
 def test_a_family_that_a_grid_cannot_split(family: str, plan: Plan, message: str) -> None:
@@ -199,8 +208,8 @@ def test_a_family_that_a_grid_cannot_split(family: str, plan: Plan, message: str
 def test_the_families_that_each_grid_splits(family: str, text: str) -> None:
     """Catches a family lost from one of the two lists; key/value heads fewer than the degree are no reason."""
     plan = Plan.parse(text)
-    mixed = family in ("gpt_oss", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
-    allowed = not mixed and (plan.tensor_kind == "1d" or family not in ("bloom", "gpt2"))
+    whole = family in ("gpt_oss", "deepseek_v2", "deepseek_v3")
+    allowed = not whole and (plan.tensor_kind == "1d" or family not in ("bloom", "gpt2", "mixtral", "qwen3_moe"))
     for kv_heads in (1, 4, 12):
         found = reasons(plan, replace(TINY, family=family, kv_heads=kv_heads), 997, world=plan.world_size, batch=4)
         assert (found == []) is allowed

@@ -79,9 +79,12 @@ def split_experts(model: PreTrainedModel, fabric: Fabric) -> None:
 
 def expert_modules(model: nn.Module) -> Iterator[Any]:
     """The modules that hold all experts of a layer in fused parameters."""
-    for module in model.modules():
-        if hasattr(module, "_apply_gate") and isinstance(getattr(module, "num_experts", None), int):
-            yield module
+    return filter(is_experts, model.modules())
+
+
+def is_experts(module: object) -> bool:
+    """Whether a module holds all experts of a layer in fused parameters, as transformers' decorator marks them."""
+    return hasattr(module, "_apply_gate") and isinstance(getattr(module, "num_experts", None), int)
 
 
 def compute_experts(module: Any, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -61,13 +61,13 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             broadcast_(tensor, fabric.world)
+    split_experts(model, fabric)
     if fabric.plan.tensor > 1:
         split_model(model, group)
         for module in model.modules():  # Module.to would swap the parameters, and forget what is said of them
             module._buffers.update(
                 {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
             )
-    split_experts(model, fabric)
     _draw_dropouts(model, group)
     held = layers(model)
     recompute(held, units(fabric.plan, 0, len(held)), group, fabric.plan.activations)
@@ -156,9 +156,10 @@ def token_loss(
 
     total, sequences: label tokens and sequences of the whole optimizer step, over all ranks and micro-batches; by
     default those of this micro-batch. Sequences count where the configuration's output_router_logits adds the
-    balance of experts to the loss, as `seqloom.model.balance` has it; 0 leaves that out. chunk_tokens: tokens whose logits exist at
-    once. A rank without labels contributes exactly 0. Gradients of the shares sum (never average) over ranks to the
-    gradient of the mean: see `sum_gradients`. Raises ModelError for a total without sequences where both count.
+    balance of experts to the loss, as `seqloom.model.balance` has it; 0 leaves that out. chunk_tokens: tokens whose
+    logits exist at once. A rank without labels contributes exactly 0. Gradients of the shares sum (never average) over
+    ranks to the gradient of the mean: see `sum_gradients`. Raises ModelError for a total without sequences where both
+    count.
     """
     balanced = is_balanced(model) and sequences != 0
     if balanced and total is not None and sequences is None:

@@ -1,7 +1,7 @@
 """The modules of an unmodified model, split over a tensor grid in place.
 
-What has parameters is one of five things, and anything else is refused: a linear with a direction, a norm, the
-token embedding, a learned position embedding, the head. Between the entry of an attention or MLP and its row-wise
+What has parameters is one of six things, and anything else is refused: a linear with a direction, a norm, the
+token embedding, a learned position embedding, the head, a router or its experts. Between the entry of an attention or MLP and its row-wise
 linear lies the inner side, everywhere else the outer one (`plan.grid`).
 """
 
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from seqloom.errors import ModelError
 from seqloom.geometry import HeadSplit
+from seqloom.model.experts import is_experts
 from seqloom.model.families import COLWISE, ROWWISE, Directions, directions, pattern
 from seqloom.plan import ModelShape, Moves, Side, chunks, input_stays
 from seqloom.tensor import (
@@ -47,6 +48,8 @@ class _Splitting:
         shape = ModelShape.from_config(model.config.to_dict())
         self.heads = HeadSplit(shape.heads, shape.kv_heads, group.grid.heads)
         self.head_dim = shape.head_dim
+        blocks = [block for block in self.base.modules() if is_experts(getattr(block, "experts", None))]
+        self.routed = {module for block in blocks for module in block.children()}
 
     def run(self) -> None:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
@@ -174,6 +177,11 @@ class _Splitting:
                 _on_local_parameters(module, self.group, side)
                 return
             self._put(module, self._norm(name, module, side))
+            return
+        if hasattr(module, "dealt"):
+            return
+        if side.hidden is None and module in self.routed:  # each rank's tokens go their own way
+            _on_local_parameters(module, self.group, side)
             return
         raise ModelError(
             f"{name} ({kind}) has parameters that no rule splits over tensor ranks; use ring, ulysses or data."

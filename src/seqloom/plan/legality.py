@@ -13,8 +13,10 @@ from seqloom.plan.shape import ModelShape
 from seqloom.plan.zero import zero_reasons
 
 _ON_A_GRID = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-_IN_LINE = (*_ON_A_GRID, "bloom", "gpt2")
+_IN_LINE = (*_ON_A_GRID, "bloom", "gpt2", "mixtral", "qwen3_moe")
 """The families whose weights can be split over a grid of ranks, and over a line of them (tensor_kind=1d)."""
+_UNSPLIT = {"deepseek_v2": "latent attention", "deepseek_v3": "latent attention", "gpt_oss": "attention sinks"}
+"""What no line of ranks can split, of the others."""
 
 
 def check(
@@ -92,7 +94,15 @@ def _tensor_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
             f"{', '.join(families)}."
         )
     elif model.family not in families and not model.unsupported:
-        yield f"tensor={plan.tensor} cannot split {model.family}, whose experts no plan splits yet; use tensor=1."
+        yield (
+            f"tensor={plan.tensor} cannot split {model.family}, whose {_UNSPLIT[model.family]} no plan splits yet; "
+            "use tensor=1."
+        )
+    elif model.experts and not plan.sequence_parallel:
+        yield (
+            f"sequence_parallel=false gives every rank of tensor={plan.tensor} all tokens, of which each would send its "
+            f"own to the experts of {model.family}; leave it out."
+        )
     ranks = plan.tensor_grid.heads
     if model.heads % ranks:
         over, of = f"the {ranks} columns of {_tensor_words(plan)}", "number of columns"

@@ -156,7 +156,7 @@ class _Sending:
 
 
 def layer_linears(plan: Plan, model: ModelShape, heads_rank: int = 0) -> tuple[tuple[Linear, ...], ...]:
-    """The linears of a decoder layer, those that read the same input together.
+    """The linears of a decoder layer, those that read the same input together; experts are none of them.
 
     heads_rank: the place among the ranks that split heads, for key/value heads that do not divide.
     """
@@ -181,6 +181,8 @@ def layer_linears(plan: Plan, model: ModelShape, heads_rank: int = 0) -> tuple[t
         keys_moves = Moves(colwise.x, weight, colwise.y, shards)
         rows = local_heads(plan, model, heads_rank)[1] * model.head_dim
     read = into(attention), into(keys, keys_moves, rows), into(keys, keys_moves, rows)
+    if model.experts:
+        return read, (back(attention),)
     return read, (back(attention),), (into(inside), into(inside)), (back(inside),)
 
 

@@ -27,7 +27,8 @@ def evaluate(
     """The mean loss over all label tokens of the first `sequences` of a text, in nats; every rank calls it together.
 
     sequences: None takes all. micro_batch: sequences that are computed at a time, over all ranks; the plan divides
-    them as in training. Dropout is off meanwhile, and the balance of experts left out. Raises DataError for a text without labels.
+    them as in training. Dropout is off meanwhile, and the balance of experts left out. Raises DataError for a text
+    without labels.
     """
     count = min(text.num_sequences, sequences or text.num_sequences)
     total = sum(batch.label_count for batch in _batches(text, count, micro_batch))
