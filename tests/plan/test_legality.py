@@ -429,6 +429,11 @@ REFUSALS: dict[str, Refused] = {
         "tensor=2 cannot split gpt_oss",
         "use tensor=1. Try",
     ),
+    "experts with all tokens": (
+        lambda: check(Plan(tensor=2, sequence_parallel=False), replace(TINY, family="mixtral", experts=4)),
+        "sequence_parallel=false gives every rank of tensor=2 all tokens",
+        "leave it out. Try",
+    ),
     "depth": (lambda: Plan(tensor=4, depth=2), "depth=2", "leave it out or use tensor_kind=2.5d."),
     "grid in a line": (lambda: Plan(tensor=4, grid="2x2"), "grid=2x2", "leave it out or name the kind."),
     "token axes in a line": (

@@ -1,8 +1,8 @@
 """The modules of an unmodified model, split over a tensor grid in place.
 
 What has parameters is one of six things, and anything else is refused: a linear with a direction, a norm, the
-token embedding, a learned position embedding, the head, a router or its experts. Between the entry of an attention or MLP and its row-wise
-linear lies the inner side, everywhere else the outer one (`plan.grid`).
+token embedding, a learned position embedding, the head, a router or its experts. Between the entry of an attention or
+MLP and its row-wise linear lies the inner side, everywhere else the outer one (`plan.grid`).
 """
 
 from typing import Any

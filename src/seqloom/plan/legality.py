@@ -100,8 +100,8 @@ def _tensor_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
         )
     elif model.experts and not plan.sequence_parallel:
         yield (
-            f"sequence_parallel=false gives every rank of tensor={plan.tensor} all tokens, of which each would send its "
-            f"own to the experts of {model.family}; leave it out."
+            f"sequence_parallel=false gives every rank of tensor={plan.tensor} all tokens, and each would send them to "
+            f"the experts of {model.family}; leave it out."
         )
     ranks = plan.tensor_grid.heads
     if model.heads % ranks:
