@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from pool import Pool
 from seqloom.errors import CommunicationError, ConfigError, PlanError, WorkerError
-from seqloom.fabric.launch import distributed, run_local, under_torchrun
+from seqloom.fabric.launch import distributed, launched, run_local
 from seqloom.fabric.local import Cause, Failure, root_first
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -38,7 +38,7 @@ def describe(word: str) -> tuple[str, int, int, float, bool, int]:
         rank,
         world,
         float(total),
-        under_torchrun(),
+        launched() == world,
         torch.get_num_threads(),
     )
 
@@ -149,7 +149,7 @@ def test_distributed_without_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A script started by plain python that cannot run, or a group left behind for the next caller."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    assert not under_torchrun()
+    assert launched() is None
     for _ in range(2):
         with distributed(10):
             assert dist.get_world_size() == 1
@@ -164,7 +164,7 @@ def test_half_an_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert not under_torchrun()
+    assert launched() is None
     with pytest.raises(ConfigError, match="lacks RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"), distributed(1):
         pass
 

@@ -1,6 +1,5 @@
 """seqloom train"""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +18,7 @@ def train(
 ) -> None:
     """Train a model on text, its sequences split as the plan says.
 
-    Starts its own processes on this machine, or joins those of torchrun. Ctrl-C saves and leaves.
+    Starts its own processes on this machine, or joins those of torchrun or Slurm's srun. Ctrl-C saves and leaves.
     """
     from seqloom.train import load_config, prepare
     from seqloom.train import train as run
@@ -27,9 +26,9 @@ def train(
     settings = load_config(config, overrides or [])
 
     # What starts processes loads after the settings are read, so that a mistake in them is told at once.
-    from seqloom.fabric.launch import distributed, run_local, speaks, under_torchrun
+    from seqloom.fabric.launch import distributed, launched, run_local, speaks
 
-    world = int(os.environ["WORLD_SIZE"]) if under_torchrun() else None
+    world = launched()
     try:
         notes = prepare(settings, resume=resume, world=world)
     except SeqloomError:
@@ -40,7 +39,7 @@ def train(
         typer.echo(note)
     if speaks():
         typer.echo(f"Reading the text and starting '{settings.plan}' ...")
-    if under_torchrun():
+    if world is not None:
         with distributed(settings.run.timeout_seconds):
             summary = run(settings, resume)
     else:

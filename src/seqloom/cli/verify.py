@@ -71,11 +71,11 @@ def verify(  # noqa: PLR0913, PLR0917
 
 
 def _judged(case: "Case") -> "Verdict":
-    """The verdict on a case, by the processes torchrun started or by some of its own."""
-    from seqloom.fabric.launch import distributed, under_torchrun
+    """The verdict on a case, by the processes a launcher started or by some of its own."""
+    from seqloom.fabric.launch import distributed, launched
     from seqloom.verify import verify, verify_here
 
-    if under_torchrun():
+    if launched() is not None:
         with distributed():
             return verify_here(case)
     return verify(case)

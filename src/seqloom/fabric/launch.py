@@ -1,7 +1,8 @@
-"""How the processes of a run come to be: joining the ones torchrun started, or starting one's own."""
+"""How the processes of a run come to be: joining those of torchrun or of Slurm's srun, or starting one's own."""
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,43 +13,56 @@ import torch.distributed as dist
 
 from seqloom.errors import CommunicationError, ConfigError
 from seqloom.fabric.local import Method, run_family
+from seqloom.fabric.slurm import slurm_variables
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def under_torchrun() -> bool:
-    """Whether a launcher has already started this process as one rank of several.
+def _meeting() -> dict[str, str]:
+    """Who this process is among those a launcher started, as torchrun says it; incomplete where none has.
 
-    True when RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are all set, which torchrun does and so do
-    the launchers that imitate it. LOCAL_RANK tells them from cluster systems that describe only the machine.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are all set by torchrun and by the launchers that imitate
+    it. LOCAL_RANK tells them from cluster systems that describe only the machine.
     """
-    return all(name in os.environ for name in _VARIABLES)
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    return found if len(found) == len(_VARIABLES) else slurm_variables(os.environ) or found
+
+
+def launched() -> int | None:
+    """How many processes a launcher, torchrun or srun, has started this one among; None where this one is alone."""
+    meeting = _meeting()
+    return int(meeting["WORLD_SIZE"]) if len(meeting) == len(_VARIABLES) else None
 
 
 def speaks() -> bool:
     """Whether this process is the one that talks to the user: the only one, or rank 0."""
-    return not under_torchrun() or os.environ["RANK"] == "0"
+    return launched() is None or _meeting()["RANK"] == "0"
 
 
 @contextmanager
 def distributed(timeout_seconds: float = 600) -> Iterator[None]:
     """Initialise torch.distributed as the environment says, and destroy it at the end.
 
-    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them; with none of them set
-    the process is a world of its own. Backend: gloo on CPU; where CUDA is available gloo for CPU tensors and NCCL
-    for CUDA tensors, and LOCAL_RANK becomes the current device. A collective fails after `timeout_seconds`.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them, or what Slurm's srun says
+    instead; with none of them set the process is a world of its own. Under torchrun it ends when its launcher does.
+    Backend: gloo on CPU; where CUDA is available gloo for CPU tensors and NCCL for CUDA tensors, and LOCAL_RANK becomes
+    the current device. A collective fails after `timeout_seconds`.
 
     Raises ConfigError for an environment that is set in part or asks for a device that is not there, and
     CommunicationError if the ranks do not meet in time.
     """
-    missing = [name for name in _VARIABLES if name not in os.environ]
+    found = _meeting()
+    missing = [name for name in _VARIABLES if name not in found]
     alone = len(missing) == len(_VARIABLES)
     if missing and not alone:
         raise ConfigError(f"The environment of a distributed run lacks {', '.join(missing)}; start it with torchrun.")
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(_local_device())
+        torch.cuda.set_device(_local_device(int(found.get("LOCAL_RANK", "0"))))
     meeting: dict[str, Any] = {"init_method": "env://"}
+    if not alone and "RANK" not in os.environ:  # srun started it
+        meeting = {"init_method": "tcp://{MASTER_ADDR}:{MASTER_PORT}".format_map(found)}
+        meeting |= {"rank": int(found["RANK"]), "world_size": int(found["WORLD_SIZE"])}
     if alone:
         meeting = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]
     try:
@@ -58,24 +72,34 @@ def distributed(timeout_seconds: float = 600) -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if alone:
             raise CommunicationError(f"This process could not start torch.distributed for itself ({error}).") from error
-        where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+        where = "{MASTER_ADDR}:{MASTER_PORT}".format_map(found)
         raise CommunicationError(
-            f"Rank {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} ranks at {where} "
+            f"Rank {found['RANK']} did not meet all {found['WORLD_SIZE']} ranks at {where} "
             f"within {timeout_seconds:g} s ({error}); check that all of them run and reach that address."
         ) from error
-    failed = True
+    failed, ended = True, threading.Event()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(), ended), name="parent", daemon=True).start()
     try:
         yield
         failed = False
     finally:
+        ended.set()
         # NCCL waits for collectives in flight, and after a failure a peer may never come: then leave it to the end
         # of the process. gloo just closes its connections, which is how the peers learn of the failure.
         if dist.is_initialized() and not (cuda and failed):
             dist.destroy_process_group()
 
 
-def _local_device() -> int:
-    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+def _end_with_parent(parent: int, ended: threading.Event) -> None:
+    """End this process when the one that started it is gone: torchrun's agent, killed, ends none of its workers."""
+    while not ended.wait(1.0):
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _local_device(rank: int) -> int:
+    count = torch.cuda.device_count()
     if rank >= count:
         raise ConfigError(
             f"LOCAL_RANK={rank} needs {rank + 1} CUDA devices, but {count} can be seen; start at most {count} "
