@@ -23,13 +23,16 @@ from seqloom.fabric.collectives import (
 from seqloom.fabric.failure import naming_others
 from seqloom.fabric.mesh import AXES, Axis, Fabric
 from seqloom.fabric.meter import Meter
+from seqloom.fabric.sharding import AllGather, ReduceScatter, line
 
 __all__ = [
     "AXES",
+    "AllGather",
     "Axis",
     "Fabric",
     "Meter",
     "Pending",
+    "ReduceScatter",
     "all_gather",
     "all_reduce_",
     "all_to_all",
@@ -37,6 +40,7 @@ __all__ = [
     "barrier",
     "broadcast_",
     "gather_values",
+    "line",
     "naming_others",
     "send",
     "shift",

@@ -118,6 +118,20 @@ def start_reduce_scatter(parts: Tensor, axis: Axis) -> Pending:
     return Pending("reduce-scatter", axis, [work], mine, leaving)
 
 
+def all_gather_into_(whole: Tensor, block: Tensor, axis: Axis, *, async_op: bool = False) -> Any:
+    """Fill `whole` [size x n] with every rank's `block` [n], which may be a part of it; the work, if it goes on."""
+    axis.meter.add(axis.name, (axis.size - 1) * _bytes(block))
+    with _beginning("all-gather", axis):
+        return _all_gather_single(whole, block, group=axis.group, async_op=async_op)
+
+
+def reduce_scatter_into_(mine: Tensor, parts: Tensor, axis: Axis, *, async_op: bool = False) -> Any:
+    """Fill `mine` [n] with this rank's part of the sum of `parts` [size x n]; the work, if it goes on."""
+    axis.meter.add(axis.name, (axis.size - 1) * _bytes(mine))
+    with _beginning("reduce-scatter", axis):
+        return _reduce_scatter_single(mine, parts, group=axis.group, async_op=async_op)
+
+
 def start_trade(leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[Tensor]], axis: Axis) -> Pending:
     """Begin an all-to-all of uneven parts: the tensors leaving[p] go to rank p, arriving[p] are filled by rank p.
 

@@ -14,11 +14,13 @@ from seqloom.model.parallelize import layer_windows, parallelize, token_loss
 from seqloom.model.pieces import Piece, count_copies, pieces
 from seqloom.model.probe import probe
 from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
+from seqloom.model.zero import at_rest, is_share, shard, sharded_units, shared_over
 
 __all__ = [
     "Float64Islands",
     "Piece",
     "assemble",
+    "at_rest",
     "build_model",
     "clear_gradients",
     "copies",
@@ -26,6 +28,7 @@ __all__ = [
     "gradient",
     "hand_over",
     "install_save",
+    "is_share",
     "lasting",
     "layer_windows",
     "main_gradients",
@@ -34,6 +37,9 @@ __all__ = [
     "pieces",
     "probe",
     "save_whole",
+    "shard",
+    "sharded_units",
+    "shared_over",
     "sum_gradients",
     "token_loss",
     "weights_folder",

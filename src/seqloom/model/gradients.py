@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from seqloom.errors import ModelError
 from seqloom.fabric import Axis, Fabric, Pending, start_sum_
+from seqloom.model.zero import at_rest, is_share, replicas_of, shared_over
 from seqloom.tensor import local
 
 BUCKET_BYTES = 32 * 2**20
@@ -60,6 +61,7 @@ def hand_over(model: nn.Module) -> None:
 
 def clear_gradients(model: nn.Module) -> None:
     """Drop every gradient, main ones too."""
+    at_rest(model)
     for parameter in model.parameters():
         parameter.grad = None
         if getattr(parameter, "main_grad", None) is not None:
@@ -79,9 +81,12 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
 
     Those are the ranks that hold the same weights, `fabric.replicas` or the axis of the fabric that a parameter's
     `replica_axis` names, and the tensor axes over which the activations are split and the parameter is not, which
-    are its attribute `sum_axes`. After it each rank holds its part of the gradient of the global mean loss. Raises
-    ModelError where a trainable parameter has no gradient: the ranks could not tell it from a missing message.
+    are its attribute `sum_axes`. Gradients that ZeRO shares out were summed over the ranks that share them in
+    backward; each share is summed over the ranks that hold the same one. After it each rank holds its part of the
+    gradient of the global mean loss. Raises ModelError where a trainable parameter has no gradient: the ranks could
+    not tell it from a missing message.
     """
+    at_rest(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and gradient(parameter) is None:
             raise ModelError(
@@ -91,7 +96,7 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
     for parts, axes in _buckets(model, fabric):
         while len(under_way) >= UNDER_WAY:
             _settle(under_way)
-        under_way.append(_Sum.start(parts, axes))
+        under_way.append(_Sum.start(parts, axes, fabric.device))
     while under_way:
         _settle(under_way)
 
@@ -105,8 +110,8 @@ class _Sum:
     work: Pending
 
     @classmethod
-    def start(cls, parts: list[Tensor], axes: tuple[Axis, ...]) -> "_Sum":
-        flat = torch.cat([part.flatten() for part in parts])
+    def start(cls, parts: list[Tensor], axes: tuple[Axis, ...], device: torch.device) -> "_Sum":
+        flat = torch.cat([part.flatten() for part in parts]).to(device)  # from host memory, where they may wait
         return cls(parts, axes[1:], start_sum_(flat, axes[0]))
 
 
@@ -128,19 +133,12 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
     come to the same groups in the same order.
     """
     filling: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
-    held: dict[tuple[tuple[str, ...], torch.dtype], int] = {}
     along: dict[tuple[tuple[str, ...], torch.dtype], tuple[Axis, ...]] = {}
+    held: dict[tuple[tuple[str, ...], torch.dtype], int] = {}
     for parameter in model.parameters():
         found = gradient(parameter) if parameter.requires_grad else None
-        if found is None:
-            continue
-        if isinstance(parameter, DTensor) and not hasattr(parameter, "sum_axes"):
-            raise ModelError(
-                "A split parameter was converted after parallelize (model.to, .float, ...), which forgets over which "
-                "ranks its gradient is summed; convert the model before parallelize."
-            )
-        axes = _axes(parameter, fabric)
-        if not axes:
+        axes = _axes(parameter, fabric) if found is not None else ()
+        if found is None or not axes:
             continue
         key = tuple(axis.name for axis in axes), found.dtype
         if held.get(key, 0) > BUCKET_BYTES:
@@ -155,6 +153,10 @@ def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], t
 
 def _even_share(parameter: Tensor, fabric: Fabric) -> int:
     """The elements of a rank's part, were all parts alike."""
+    if is_share(parameter):  # of a parameter that the grid may not have split: then it is more
+        slot = getattr(parameter, "slot", None)
+        whole = parameter.shape if slot is None else slot.shape
+        return prod(whole) // (shared_over(parameter, fabric)[0].size * fabric.tensor.size)
     if hasattr(parameter, "replica_axis"):  # experts, perhaps more on some ranks than on others
         return prod(parameter.slot.shape) // fabric.expert.size  # type: ignore[attr-defined]
     if not isinstance(parameter, DTensor):
@@ -164,7 +166,12 @@ def _even_share(parameter: Tensor, fabric: Fabric) -> int:
 
 
 def _axes(parameter: Tensor, fabric: Fabric) -> tuple[Axis, ...]:
-    """The axes over which the gradient of a parameter is to be summed."""
-    alike: Axis = getattr(fabric, getattr(parameter, "replica_axis", "replicas"))
-    axes = (alike, *(fabric.grid[name] for name in getattr(parameter, "sum_axes", ())))
+    """The axes over which the gradient of a parameter is still to be summed."""
+    if isinstance(parameter, DTensor) and not (hasattr(parameter, "sum_axes") or is_share(parameter)):
+        raise ModelError(
+            "A split parameter was converted after parallelize (model.to, .float, ...), which forgets over which "
+            "ranks its gradient is summed; convert the model before parallelize."
+        )
+    alike = shared_over(parameter, fabric)[1] if is_share(parameter) else replicas_of(parameter, fabric)
+    axes = [alike, *(fabric.grid[name] for name in getattr(parameter, "sum_axes", ()))]
     return tuple(axis for axis in axes if axis.size > 1)

@@ -18,6 +18,8 @@ from seqloom.model.probe import connect, probe
 from seqloom.model.recompute import recompute
 from seqloom.model.tensor import split_model
 from seqloom.model.whole import install_save
+from seqloom.model.zero import inside
+from seqloom.model.zero import shard as share_out
 from seqloom.plan import ModelShape, check, units
 from seqloom.sequence import LocalBatch, SequenceShard
 from seqloom.tensor import ParallelDropout, ParallelLinear, TensorGroup, split_head
@@ -70,7 +72,10 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
             )
     _draw_dropouts(model, group)
     held = layers(model)
-    recompute(held, units(fabric.plan, 0, len(held)), group, fabric.plan.activations)
+    again = units(fabric.plan, 0, len(held))
+    recompute(held, again, group, fabric.plan.activations)
+    if fabric.plan.zero >= 2:
+        share_out(model, held, fabric, [range(unit.start, unit.stop) for unit in again])
     if count_copies(model, fabric):
         install_save(model, fabric)
         model._split_by = fabric.plan
@@ -167,6 +172,20 @@ def token_loss(
             "token_loss was given total= without sequences=, of which the loss of balanced experts is a mean; give the "
             "sequences of the whole step, too."
         )
+    balance = (sequences or local.sequences) if balanced else None
+    labels = local.label_count if total is None else total
+    return inside(model, _loss, model, local, shard, labels, balance, chunk_tokens)
+
+
+def _loss(
+    model: PreTrainedModel,
+    local: LocalBatch,
+    shard: SequenceShard,
+    total: int,
+    sequences: int | None,
+    chunk_tokens: int,
+) -> Tensor:
+    """What `token_loss` gives; sequences: those over which experts are balanced, None where they are not."""
     found = model.base_model(**local.inputs, sequence=shard)
     hidden = found.last_hidden_state
     head = model.get_output_embeddings()
@@ -178,7 +197,7 @@ def token_loss(
     summed = chunked_cross_entropy(
         hidden, weight, bias, local.labels, chunk_tokens=chunk_tokens, softcap=softcap, **split
     )
-    loss = summed / max(local.label_count if total is None else total, 1)
-    if balanced:
-        loss = loss + balance_loss(model, found.router_logits, shard, sequences or local.sequences)
+    loss = summed / max(total, 1)
+    if sequences is not None:
+        loss = loss + balance_loss(model, found.router_logits, shard, sequences)
     return loss

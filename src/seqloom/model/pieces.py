@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seqloom.fabric import Fabric, gather_values
+from seqloom.model.zero import at_rest
 from seqloom.tensor import Slot, local
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -43,6 +44,7 @@ def pieces(model: nn.Module, named: Mapping[str, Tensor] | None = None) -> list[
     parameters do, and what has no parameter's name is whole. A tensor that stands under several names comes
     once. Nothing is copied.
     """
+    at_rest(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     named = dict(model.named_parameters()) if named is None else named
     packed, tied = _packed(model), tied_names(model)

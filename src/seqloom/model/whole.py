@@ -15,6 +15,7 @@ from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, barrier, broadcast_, send
 from seqloom.model.gradients import gradient
 from seqloom.model.pieces import Part, Piece, holders, pieces, tied_names
+from seqloom.model.zero import at_rest
 
 
 def whole_tensors(
@@ -25,6 +26,7 @@ def whole_tensors(
     Every rank calls it together and gets the same. A parameter that is tied to another stands under the
     first of its names; one without a gradient is left out. What all ranks hold whole is not copied.
     """
+    at_rest(model)
     named: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         found = parameter if kind == "parameter" else gradient(parameter)
@@ -79,6 +81,7 @@ def _brought(mine: Tensor | None, part: Part, fabric: Fabric, target: int | None
 
 def lasting(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and lasting buffers by the names that `model` has, tied ones once: what a checkpoint is of."""
+    at_rest(model)
     named: dict[str, Tensor] = dict(model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):

@@ -8,6 +8,7 @@ from seqloom.plan.plan import Plan
 from seqloom.plan.recompute import Unit, units
 from seqloom.plan.shape import ModelShape
 from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, read_config
+from seqloom.plan.zero import row_shares
 
 __all__ = [
     "ALIASES",
@@ -30,6 +31,7 @@ __all__ = [
     "nearest",
     "read_config",
     "reasons",
+    "row_shares",
     "shortest",
     "units",
     "unsplittable",

@@ -2,14 +2,18 @@
 
 from seqloom.train.config import Config
 from seqloom.train.loop import Summary, train
+from seqloom.train.optimizer import PlannedAdamW, Stepped, adamw
 from seqloom.train.prepare import prepare
 from seqloom.train.reading import load_config
 from seqloom.train.step import StepReport, apply_gradients, compute_gradients, computing
 
 __all__ = [
     "Config",
+    "PlannedAdamW",
     "StepReport",
+    "Stepped",
     "Summary",
+    "adamw",
     "apply_gradients",
     "compute_gradients",
     "computing",

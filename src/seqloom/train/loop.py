@@ -8,7 +8,6 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from seqloom import __version__
@@ -29,6 +28,7 @@ from seqloom.train.data import load_text
 from seqloom.train.evaluate import evaluate
 from seqloom.train.finite import check_finite
 from seqloom.train.method import TrainConfig
+from seqloom.train.optimizer import adamw
 from seqloom.train.packing import PackedText, order
 from seqloom.train.prepare import CHECKPOINTS, run_settings, sole_writer
 from seqloom.train.progress import Display, Metrics, MetricsFile
@@ -72,7 +72,7 @@ def train(config: Config, resume: bool) -> Summary:
         model = parallelize(build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed), fabric)
         if config.train.gradient_checkpointing:
             _recompute(model)
-        optimizer = _optimizer(model, config.train)
+        optimizer = _optimizer(model, config.train, fabric)
         run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0))
         if config.train.precision == "fp16":
             run.scale = LossScale(config.train.initial_loss_scale)
@@ -269,14 +269,16 @@ def _recompute(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+def _optimizer(model: PreTrainedModel, train: TrainConfig, fabric: Fabric) -> torch.optim.Optimizer:
     """AdamW that decays matrices, and leaves norms and biases alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=train.learning_rate, betas=train.betas)
+    return adamw(
+        model,
+        fabric,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=train.betas,
+        only_matrices=True,
+    )
 
 
 def _restore(

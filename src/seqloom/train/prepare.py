@@ -39,6 +39,11 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
             f"make train.batch a multiple of {train.accumulate * data}."
         )
     check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
+    if config.plan.zero:
+        raise ConfigError(
+            f"Checkpoints of what zero={config.plan.zero} shares out are not supported yet; use zero=0, or steps of "
+            "your own."
+        )
     probe(outline(config.model.settings()), config.plan)
     find_files(config.data.files)
     find_files(config.eval.files if config.eval is not None else (), "eval.files")

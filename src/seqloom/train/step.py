@@ -92,7 +92,7 @@ def gradient_norm(model: nn.Module, fabric: Fabric) -> float:
     for parameter in model.parameters():
         if (found := gradient(parameter)) is not None:
             # All ranks that hold the same elements count them.
-            total += _square(local(found)) / copies(parameter, fabric)
+            total += _square(local(found)).to(total.device) / copies(parameter, fabric)
     return all_reduce_(total, fabric.world).sqrt().item()
 
 

@@ -16,7 +16,7 @@ from seqloom.geometry import Mask
 from seqloom.model import build_model, outline, parallelize, probe, whole_tensors
 from seqloom.plan import ModelShape, Plan, check, without_dropout
 from seqloom.sequence import Batch
-from seqloom.train import apply_gradients, compute_gradients
+from seqloom.train import adamw, apply_gradients, compute_gradients
 from seqloom.verify.compare import MEASURES, Verdict, compare, number_error, tensor_errors
 from seqloom.verify.lift import Float64Islands
 from seqloom.verify.oracle import Trajectory, one_device_steps, visible
@@ -164,9 +164,9 @@ def _parting(case: Case, fabric: Fabric, run: Trajectory, reference: Trajectory)
     return later_parting(dict(zip(reference.gradients, errors, strict=True)), loss, order, tolerance=measure.tolerance)
 
 
-def _optimizer(model: PreTrainedModel, dtype: str) -> torch.optim.Optimizer:
+def _optimizer(model: PreTrainedModel, dtype: str, fabric: Fabric | None = None) -> torch.optim.Optimizer:
     epsilon = MEASURES[dtype].adam_epsilon
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1, eps=epsilon)
+    return adamw(model, fabric, learning_rate=LEARNING_RATE, weight_decay=0.1, epsilon=epsilon)
 
 
 def _reference(case: Case, fabric: Fabric) -> Trajectory:
@@ -187,7 +187,7 @@ def _reference(case: Case, fabric: Fabric) -> Trajectory:
 def _split(case: Case, fabric: Fabric) -> Trajectory:
     """The same steps under the plan, by the code that trains."""
     model = parallelize(case.model(), fabric)
-    optimizer = _optimizer(model, case.dtype)
+    optimizer = _optimizer(model, case.dtype, fabric)
     run = Trajectory()
     for micro_batches in case.batches():
         report = compute_gradients(model, micro_batches, fabric, precision=case.dtype, chunk_tokens=CHUNK_TOKENS)
