@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from seqloom.errors import ModelError
 from seqloom.plan import ModelShape, Plan, read_config
-from seqloom.train.fields import Count, PlanText, Seconds, Section, Seed
+from seqloom.train.fields import Count, Globs, PlanText, Seconds, Section, Seed
 from seqloom.train.method import TrainConfig
 from seqloom.train.wording import did_you_mean
 
@@ -46,18 +46,31 @@ class ModelConfig(Section):
         return self
 
 
+def _one_source(section: str, files: tuple[str, ...], dataset: str | None) -> None:
+    if bool(files) == (dataset is not None):
+        raise ValueError(
+            f"{section}.files and {section}.dataset are {'both given' if files else 'both missing'}; "
+            "name the text by one of them."
+        )
+
+
 class DataConfig(Section):
     """What text is read, and how it becomes sequences.
 
     files: globs (`**` reaches into folders, `~` is the home folder, `{stdlib}` the folder of this
-        Python's standard library). A .jsonl file holds a document a line, any other file is one.
-    text_key: the key of a .jsonl line that holds the text.
+        Python's standard library). A .jsonl file holds a document a line, a .parquet or .arrow file one a row,
+        any other file is one.
+    dataset: in place of `files`, a folder that the library datasets wrote by save_to_disk, or a name on the hub.
+    split: of that dataset, where it has several.
+    text_key: the key of a .jsonl line, or the column of a table, that holds the text.
     tokenizer: `bytes`, or the folder of a Hugging Face tokenizer.
     sequence_length: tokens of one training sequence.
     seed: decides the order in which sequences are visited; nothing else does.
     """
 
-    files: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+    files: Globs = ()
+    dataset: Annotated[str, Field(min_length=1)] | None = None
+    split: str = "train"
     text_key: str = "text"
     tokenizer: str = "bytes"
     sequence_length: Count = 4096
@@ -65,6 +78,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _tokenizer_exists(self) -> "DataConfig":
+        _one_source("data", self.files, self.dataset)
         if self.tokenizer != "bytes" and not Path(self.tokenizer).is_dir():
             raise ValueError(
                 f"data.tokenizer is '{self.tokenizer}', and there is no such folder; "
@@ -77,17 +91,26 @@ class EvalConfig(Section):
     """What text the loss is measured on beside training, and when.
 
     files: globs as those of `data`, whose other settings hold here too.
+    dataset: in place of `files`, as that of `data`.
+    split: of that dataset.
     every: optimizer steps between evaluations; the last step is always followed by one.
     sequences: how many of the text's sequences are taken, from its start; null is all.
     """
 
-    files: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)]
+    files: Globs = ()
+    dataset: Annotated[str, Field(min_length=1)] | None = None
+    split: str = "test"
     every: Count | None = None
     sequences: Count | None = None
 
     def as_data(self, data: DataConfig) -> DataConfig:
         """The held-out text as `load_text` takes it."""
-        return data.model_copy(update={"files": self.files})
+        return data.model_copy(update={"files": self.files, "dataset": self.dataset, "split": self.split})
+
+    @model_validator(mode="after")
+    def _has_text(self) -> "EvalConfig":
+        _one_source("eval", self.files, self.dataset)
+        return self
 
 
 class RunConfig(Section):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from seqloom.errors import DataError
 from seqloom.train.config import DataConfig
 from seqloom.train.packing import PackedText
+from seqloom.train.tables import ENDINGS, dataset_texts, table_texts
 from seqloom.train.tokenizer import Tokenizer
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell half a surrogate pair, which no tokenizer takes
@@ -26,9 +27,13 @@ def load_text(data: DataConfig, tokenizer: Tokenizer) -> PackedText:
     Raises DataError when a glob matches no file, a file cannot be read, a line of JSONL is broken,
     or there is no text in all of it. What was skipped or replaced is said in the result's `notes`.
     """
-    files = find_files(data.files)
     reader = _Reader(data.text_key)
-    texts = (text for file in files for text in reader.documents(file))
+    if data.dataset is None:
+        files = find_files(data.files)
+        texts = (text for file in files for text in reader.documents(file))
+    else:
+        files = [data.dataset]
+        texts = reader.rows(dataset_texts(data.dataset, data.split, data.text_key))
     documents = list(_encode(texts, tokenizer))
     notes = reader.notes()
     if wordless := sum(not len(document) for document in documents):
@@ -37,6 +42,8 @@ def load_text(data: DataConfig, tokenizer: Tokenizer) -> PackedText:
         raise DataError(
             f"There is no text to train on: the {len(files)} files that data.files matches, such as {files[0]}, "
             "are all empty; name files that hold text."
+            if data.dataset is None
+            else f"There is no text to train on: all rows of {data.dataset} are empty; name another dataset or split."
         )
     return PackedText.pack(
         documents,
@@ -76,6 +83,9 @@ class _Reader:
 
     def documents(self, file: str) -> Iterator[str]:
         """The documents of one file that are not empty, in order."""
+        if file.lower().endswith(ENDINGS):
+            yield from self.rows(table_texts(file, self.text_key))
+            return
         try:
             with open(file, "rb") as opened:
                 raw = opened.read()
@@ -93,6 +103,18 @@ class _Reader:
             yield from self._lines(file, text)
         else:
             yield text
+
+    def rows(self, values: Iterable[tuple[str, Any]]) -> Iterator[str]:
+        """The documents among the rows of a table that are not empty, in order."""
+        for place, value in values:
+            if value is None or (isinstance(value, str) and not value.strip()):
+                self.empty_lines.append(place)
+            elif not isinstance(value, str):
+                raise DataError(
+                    f"{place} has {value!r:.40} under '{self.text_key}', which is not a string; give text there."
+                )
+            else:
+                yield value
 
     def _lines(self, file: str, text: str) -> Iterator[str]:
         # Not splitlines: JSON strings may hold the other line separators of Unicode as they are.

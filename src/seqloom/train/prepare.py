@@ -12,8 +12,9 @@ from seqloom.errors import CheckpointError, ConfigError
 from seqloom.model import outline, probe
 from seqloom.plan import ModelShape, check
 from seqloom.train.checkpoint import Progress, newest, read_progress
-from seqloom.train.config import Config
+from seqloom.train.config import Config, DataConfig
 from seqloom.train.data import find_files
+from seqloom.train.tables import ENDINGS, open_dataset, table_texts
 from seqloom.train.tokenizer import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -45,8 +46,9 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
             "your own."
         )
     probe(outline(config.model.settings()), config.plan)
-    find_files(config.data.files)
-    find_files(config.eval.files if config.eval is not None else (), "eval.files")
+    _find_text(config.data, "data")
+    if config.eval is not None:
+        _find_text(config.eval.as_data(config.data), "eval")
     load_tokenizer(config.data.tokenizer, model_vocab=shape.vocab)
     folder = config.run.folder
     _check_writable(folder)
@@ -61,6 +63,14 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
     if path is None:
         return (f"There is no checkpoint in {folder} yet, so training starts from the beginning.",)
     return _compare_settings(path, read_progress(path, contents=True), config)
+
+
+def _find_text(data: DataConfig, section: str) -> None:
+    if data.dataset is not None:
+        open_dataset(data.dataset, data.split, data.text_key)
+    for file in find_files(data.files, f"{section}.files"):
+        if file.lower().endswith(ENDINGS):
+            next(table_texts(file, data.text_key), None)
 
 
 def _check_writable(folder: Path) -> None:
