@@ -43,6 +43,7 @@ def verified(family: str, text: str, num_tokens: int = TOKENS, changes: dict[str
         ("deepseek_v2", "data=2 ring=2 expert=2"),
         ("qwen3_moe", "tensor=2 ring=2 expert=4"),
         ("mixtral", "tensor=2"),
+        ("mixtral", "tensor=2 ring=2 expert=2 expert_tensor=2"),
     ],
 )
 def test_a_plan_equals_one_device(pool: Pool, family: str, text: str) -> None:
@@ -64,6 +65,8 @@ def test_starved_experts(pool: Pool) -> None:
         "tensor=4 ring=2 expert=2 tensor_overlap=ring",
         "tensor=3 ring=2 expert=3 regather=false",
         "tensor=2 ring=3 exchange=gather",
+        "tensor=3 ring=2 expert_tensor=3",
+        "tensor=2 data=2 ulysses=2 expert=4 expert_tensor=2 layout=striped",
         "tensor=2 ring=2 ulysses=2 expert=4 recompute=full activations=partitioned",
     ],
 )
@@ -145,3 +148,5 @@ def test_a_rank_holds_its_experts_alone(pool: Pool) -> None:
     shapes = pool.run(3, held, "ring=3 expert=3")
     assert [each[0] for each in shapes] == [(1, 96, 32), (1, 96, 32), (2, 96, 32)]
     assert [len(each) for each in shapes] == [4, 4, 4]
+    shapes = pool.run(4, held, "ring=2 tensor=2 expert=2 expert_tensor=2")
+    assert {shape for each in shapes for shape in each} == {(2, 24, 32), (2, 32, 24)}

@@ -178,8 +178,8 @@ class _Splitting:
                 return
             self._put(module, self._norm(name, module, side))
             return
-        if hasattr(module, "dealt"):
-            return
+        if any(hasattr(parameter, "replica_axis") for parameter in module.parameters(recurse=False)):
+            return  # experts that are dealt to ranks already
         if side.hidden is None and module in self.routed:  # each rank's tokens go their own way
             _on_local_parameters(module, self.group, side)
             return

@@ -32,8 +32,6 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
             f"tensor={plan.tensor}; use one of them."
         )
         return
-    if plan.expert_tensor > 1:
-        yield f"expert_tensor={plan.expert_tensor} is not supported yet; use 1, each expert whole on a rank."
     ranks, axes = plan.replicas, "data x ring x ulysses"
     if plan.expert_tensor == 1:
         ranks, axes = ranks * plan.tensor, f"{axes} x tensor"
