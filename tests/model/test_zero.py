@@ -48,3 +48,31 @@ def equal(pool: Pool, family: str, text: str, changes: dict[str, Any], **more: A
 def test_three_steps_equal_one_device(pool: Pool, family: str, text: str, changes: dict[str, Any]) -> None:
     """A mean for a sum, a norm that counts shares twice, rows stepped by nobody or fetched to the wrong place."""
     equal(pool, family, text, changes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data=2 zero=3 recompute=full",
+        "ring=2 zero=2 recompute=selective",
+        "data=2 zero=3 recompute=full:uniform:2",
+        "ring=2 zero=2 recompute=full:uniform:2",
+        "data=2 zero=3 tensor=2 sequence_parallel=false recompute=full activations=partitioned",
+    ],
+)
+def test_layers_that_run_again_find_their_parameters(pool: Pool, text: str) -> None:
+    """Catches layers that run in backward, or together, after their parameters were freed."""
+    equal(pool, "llama", text, {})
+
+
+@pytest.mark.parametrize("text", ["data=2 zero=1", "ring=2 zero=3", "data=2 tensor=2 zero=2 offload=true"])
+def test_bf16(pool: Pool, text: str) -> None:
+    """Catches gradients summed in a lower type, or weights gathered in it."""
+    one = case("llama", text, {}, dtype="bf16")
+    assert all(verdict.equal for verdict in pool.run(one.plan.world_size, verify_here, one))
+
+
+@pytest.mark.parametrize("text", ["data=2 zero=1", "ring=2 zero=3"])
+def test_experts_that_all_ranks_hold(pool: Pool, text: str) -> None:
+    """Catches fused experts [experts, ...] whose rows are other than those of a matrix."""
+    equal(pool, "mixtral", text, {})

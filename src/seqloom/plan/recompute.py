@@ -65,21 +65,16 @@ def recompute_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
             "or full."
         )
     if set(said) != {"none"}:
-        yield from _beside(plan, said)
+        yield from _beside(plan)
     yield from _kept_reasons(plan, said)
 
 
-def _beside(plan: Plan, said: list[str]) -> Iterator[str]:
+def _beside(plan: Plan) -> Iterator[str]:
     """Why nothing can be computed again beside other axes."""
     if plan.pipeline > 1 and plan.schedule == "zbv":
         yield (
             f"recompute={plan.recompute} does not go with schedule=zbv, which takes backward apart and would compute "
             "layers again for each part; use schedule=1f1b or recompute=none."
-        )
-    if plan.zero >= 2 and any("uniform" in word and not word.endswith(":1") for word in said):
-        yield (
-            f"recompute={plan.recompute} runs several layers as one, of which zero={plan.zero} gathers the parameters "
-            "one layer at a time; use recompute=full or zero=1."
         )
 
 

@@ -2,6 +2,7 @@
 
 from seqloom.planner.expert_traffic import expert_bytes
 from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places, tokens_held
+from seqloom.planner.rest import AtRest, at_rest_bytes, zero_bytes
 from seqloom.planner.tensor_traffic import (
     Linear,
     layer_elements,
@@ -13,10 +14,12 @@ from seqloom.planner.tensor_traffic import (
 from seqloom.planner.traffic import all_reduce_bytes, attention_bytes, local_heads
 
 __all__ = [
+    "AtRest",
     "Linear",
     "Place",
     "Tokens",
     "all_reduce_bytes",
+    "at_rest_bytes",
     "attention_bytes",
     "expert_bytes",
     "inner_spans",
@@ -29,4 +32,5 @@ __all__ = [
     "places",
     "tensor_bytes",
     "tokens_held",
+    "zero_bytes",
 ]
