@@ -176,6 +176,17 @@ def test_recomputation_doubles_the_forward_bytes(make_run: Any) -> None:
     assert after == {"ring": 8 * 2**20, "ulysses": 9 * 2**20, "replicas": 6_079_488}
 
 
+def test_recomputation_of_a_plan_repeats_what_it_runs(make_run: Any) -> None:
+    """Catches attention's bytes counted again where its output was kept, or for layers that are not run again."""
+    found = {}
+    for way in ("none", "selective", "full:block:1", "full"):
+        rows = traffic(read_folder(make_run(plan=f"ring=2 ulysses=2 recompute={way}")))
+        found[way] = {row.axis: row.formula for row in rows if row.axis in ("ring", "ulysses")}
+    assert found["none"] == found["selective"]
+    for axis, whole in found["full"].items():
+        assert whole - found["none"][axis] == 4 * (found["full:block:1"][axis] - found["none"][axis]) > 0
+
+
 def test_a_double_ring_is_two_axes(make_run: Any) -> None:
     """Catches bytes between nodes added to those inside them, or left out."""
     rows = {row.axis: row for row in traffic(read_folder(make_run(plan="ring=8 inner_ring=4")))}

@@ -314,6 +314,15 @@ def test_settings_that_contradict_each_other(write: Any, overrides: list[str], m
     assert complaint(write(MINIMAL), *overrides).startswith(message)
 
 
+def test_the_older_word_for_recomputation(write: Any) -> None:
+    """Catches gradient_checkpointing accepted and not done, or done where the plan asks for something else."""
+    for plan in ("ring=2", "ring=2 recompute=full"):
+        asked = [f"plan={plan}", "train.gradient_checkpointing=true"]
+        assert str(load_config(write(MINIMAL), asked).plan) == "ring=2 recompute=full"
+    with pytest.raises(ConfigError, match=r"the plan has recompute=selective; leave train\.gradient_checkpointing out"):
+        load_config(write(MINIMAL), ["plan=recompute=selective", "train.gradient_checkpointing=true"])
+
+
 def test_micro_batches_follow_from_their_size(write: Any) -> None:
     """Catches a count that does not follow from the size, or the size from the count, or one lost in writing."""
     for overrides in (["train.micro_batch=2"], ["train.accumulate=4"], ["train.accumulate=4", "train.micro_batch=2"]):

@@ -5,7 +5,7 @@ from seqloom.plan.every import every_plan
 from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_stays
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
 from seqloom.plan.plan import Plan
-from seqloom.plan.recompute import Unit, units
+from seqloom.plan.recompute import Unit, run_again, units
 from seqloom.plan.shape import ModelShape
 from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, read_config
 from seqloom.plan.zero import row_shares
@@ -32,6 +32,7 @@ __all__ = [
     "read_config",
     "reasons",
     "row_shares",
+    "run_again",
     "shortest",
     "units",
     "unsplittable",

@@ -1,6 +1,6 @@
 """What a plan computes again in backward, and which choices go together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,6 +50,19 @@ def units(plan: Plan, stage: int, num_layers: int) -> tuple[Unit, ...]:
     return tuple(Unit(start, stop, word == "selective") for start, stop in pairwise(bounds))
 
 
+def run_again(plan: Plan, stage_layers: Sequence[int]) -> tuple[int, int]:
+    """How many layers run once more in backward, and in how many of them attention does.
+
+    stage_layers: the layers of each stage, in order.
+
+    >>> run_again(Plan(recompute="full:block:3"), [8]), run_again(Plan(pipeline=2, recompute="selective/full"), [4, 4])
+    ((3, 3), (8, 4))
+    """
+    found = [unit for stage, layers in enumerate(stage_layers) for unit in units(plan, stage, layers)]
+    attention = sum(unit.stop - unit.start for unit in found if not unit.keeps_attention)
+    return sum(unit.stop - unit.start for unit in found), attention
+
+
 def recompute_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     """Why the plan cannot compute again what it says, or keep what that takes as it says."""
     said = plan.recompute.split("/")
@@ -64,18 +77,12 @@ def recompute_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
             f"recompute={plan.recompute} counts {most} layers, but the model has {model.layers}; use at most so many, "
             "or full."
         )
-    if set(said) != {"none"}:
-        yield from _beside(plan)
-    yield from _kept_reasons(plan, said)
-
-
-def _beside(plan: Plan) -> Iterator[str]:
-    """Why nothing can be computed again beside other axes."""
-    if plan.pipeline > 1 and plan.schedule == "zbv":
+    if set(said) != {"none"} and plan.pipeline > 1 and plan.schedule == "zbv":
         yield (
             f"recompute={plan.recompute} does not go with schedule=zbv, which takes backward apart and would compute "
             "layers again for each part; use schedule=1f1b or recompute=none."
         )
+    yield from _kept_reasons(plan, said)
 
 
 def _kept_reasons(plan: Plan, said: list[str]) -> Iterator[str]:

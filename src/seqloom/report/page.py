@@ -11,7 +11,7 @@ from statistics import median
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from seqloom.geometry import Layout, Mask, total
-from seqloom.plan import Plan
+from seqloom.plan import Plan, chunks, run_again
 from seqloom.planner import all_reduce_bytes, attention_bytes, tensor_bytes
 from seqloom.report import figures
 from seqloom.report.record import Folder, Run, Step, read_folder
@@ -287,10 +287,11 @@ def traffic(folder: Folder) -> tuple[Traffic, ...]:
     known: dict[str, tuple[int, str, int | None]] = {}
     outer, inner = plan.rings
     degrees = {"ring": outer * inner, "outer_ring": outer, "inner_ring": inner, "ulysses": plan.attention_ulysses}
+    _, again = run_again(plan, chunks(shape.layers, plan.num_stages))
     for axis, passes in layer.items():
-        forward, backward = passes["forward"] * (1 + run.gradient_checkpointing), passes["backward"]
-        how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward)"
-        known[axis] = degrees[axis], how, times * (forward + backward)
+        forward, backward = passes["forward"], passes["backward"]
+        how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward)" + _repeated(again)
+        known[axis] = degrees[axis], how, times * (forward + backward) + again * run.accumulate * forward
         if degrees[axis] > 1 and (plan.layout == "balanced" or (axis == "ring" and plan.exchange == "needed")):
             known[axis] = degrees[axis], "as much as the documents of each batch need", None
     known |= _tensor_axes(folder, item, each)
@@ -312,11 +313,16 @@ def _tensor_axes(folder: Folder, item: int, each: str) -> dict[str, tuple[int, s
     rows = max(1, run.batch // plan.data)
     found: dict[str, tuple[int, str, int | None]] = {}
     for axis, passes in tensor_bytes(plan, folder.shape, run.num_tokens, sequences=rows, item_bytes=item).items():
-        forward, backward = passes["forward"] * (1 + run.gradient_checkpointing), passes["backward"]
-        how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward) in linears, and "
-        others = "the embedding's, the head's, the norms' and shared gradients"
+        again, _ = run_again(plan, chunks(folder.shape.layers, plan.num_stages))
+        forward, backward = passes["forward"], passes["backward"]
+        how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward){_repeated(again)} in linears"
+        others = ", and the embedding's, the head's, the norms' and shared gradients"
         found[axis] = plan.tensor_grid.axes[axis], how + others, None
     return found
+
+
+def _repeated(layers: int) -> str:
+    return f", forward once more in {layers} layers" if layers else ""
 
 
 def _axis_traffic(axis: str, known: tuple[int, str, int | None] | None, steps: Sequence[Step]) -> Traffic:

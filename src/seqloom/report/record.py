@@ -1,6 +1,6 @@
 """What a run folder holds, read and checked: run.json, metrics.jsonl and, once verified, verify.json."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,8 +30,8 @@ class Run(_Record):
     """run.json: the decisions and sizes that hold for the whole run.
 
     num_tokens: length of one global sequence. batch: global sequences of one micro-batch.
-    unigram_entropy: of the text, in nats per token. gradient_checkpointing: each layer's forward
-    pass runs, and communicates, a second time in the backward pass.
+    unigram_entropy: of the text, in nats per token. gradient_checkpointing: of runs
+    written before plans said recompute=full, which it stands for.
     """
 
     plan: str
@@ -113,6 +113,7 @@ def read_folder(path: Path) -> Folder:
     run = _parse(Run, _text(run_file), str(run_file))
     try:
         plan, shape = Plan.parse(run.plan), ModelShape.from_config(run.model)
+        plan = replace(plan, recompute="full") if run.gradient_checkpointing else plan
     except SeqloomError as error:
         raise DataError(f"{run_file} does not describe a run: {error}") from error
     if plan.world_size != run.world_size:

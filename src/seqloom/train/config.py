@@ -1,6 +1,7 @@
 """The settings of a training run, checked whole before anything starts."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,8 @@ class RunConfig(Section):
 class Config(Section):
     """Everything a training run is told.
 
-    plan: how it is split over processes, as `Plan` prints; nothing said is one process.
+    plan: how it is split over processes, as `Plan` prints; nothing said is one process. With
+        train.gradient_checkpointing it has recompute=full.
     """
 
     plan: PlanText = Plan()
@@ -140,6 +142,17 @@ class Config(Section):
     train: TrainConfig
     eval: EvalConfig | None = None
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _recomputing(self) -> "Config":
+        if self.train.gradient_checkpointing:
+            if self.plan.recompute not in ("none", "full"):
+                raise ValueError(
+                    "train.gradient_checkpointing is true, which is the older word for recompute=full, but the plan "
+                    f"has recompute={self.plan.recompute}; leave train.gradient_checkpointing out."
+                )
+            object.__setattr__(self, "plan", replace(self.plan, recompute="full"))  # pydantic's way past `frozen`
+        return self
 
 
 def _family_reasons(given: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:

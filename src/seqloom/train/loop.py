@@ -70,8 +70,6 @@ def train(config: Config, resume: bool) -> Summary:
     with Float64Islands() if exact else nullcontext():
         dtype = torch.float64 if exact else torch.float32
         model = parallelize(build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed), fabric)
-        if config.train.gradient_checkpointing:
-            _recompute(model)
         optimizer = _optimizer(model, config.train, fabric)
         run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0))
         if config.train.precision == "fp16":
@@ -233,7 +231,6 @@ class _Run:
             "batch": config.train.micro_batch,
             "accumulate": config.train.accumulate,
             "dtype": config.train.precision,
-            "gradient_checkpointing": config.train.gradient_checkpointing,
             "parameters": parameters,
             "unigram_entropy": text.unigram_entropy,
             "steps": config.train.steps,
@@ -258,15 +255,6 @@ class _Run:
             f"Guessing each token from how often it occurs would cost {text.unigram_entropy:.3f} nats "
             "(the text's unigram entropy)."
         )
-
-
-def _recompute(model: PreTrainedModel) -> None:
-    """Keep each layer's input alone and compute the rest again in backward."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer name
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def _optimizer(model: PreTrainedModel, train: TrainConfig, fabric: Fabric) -> torch.optim.Optimizer:

@@ -35,7 +35,7 @@ class TrainConfig(Section):
     loss_scale_window: steps in a row without overflow after which that scale doubles.
     seed: of the first weights.
     loss_chunk: tokens whose logits exist at the same time.
-    gradient_checkpointing: recompute each layer's activations in backward to save memory.
+    gradient_checkpointing: the older word for recompute=full in the plan.
     """
 
     steps: Count
