@@ -72,7 +72,19 @@ def test_bf16(pool: Pool, text: str) -> None:
     assert all(verdict.equal for verdict in pool.run(one.plan.world_size, verify_here, one))
 
 
-@pytest.mark.parametrize("text", ["data=2 zero=1", "ring=2 zero=3"])
-def test_experts_that_all_ranks_hold(pool: Pool, text: str) -> None:
-    """Catches fused experts [experts, ...] whose rows are other than those of a matrix."""
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ring=2 zero=3",
+        "data=2 ring=2 expert=2 zero=1",
+        "data=2 ring=2 expert=2 zero=2",
+        "data=2 ring=2 expert=2 zero=3 recompute=full",
+        "data=4 expert=2 zero=3 zero_replicas=2",
+        "data=2 expert=2 zero=3",
+        "data=2 tensor=2 expert=2 zero=3",
+        "data=2 tensor=2 expert_tensor=2 zero=2",
+    ],
+)
+def test_experts(pool: Pool, text: str) -> None:
+    """Catches experts shared out over ranks that hold others, or summed over those that share them."""
     equal(pool, "mixtral", text, {})

@@ -14,7 +14,7 @@ from seqloom.model.parallelize import layer_windows, parallelize, token_loss
 from seqloom.model.pieces import Piece, count_copies, pieces
 from seqloom.model.probe import probe
 from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
-from seqloom.model.zero import at_rest, is_share, shard, sharded_units, shared_over
+from seqloom.model.zero import at_rest, inside, is_share, shard, sharded_units, shared_over
 
 __all__ = [
     "Float64Islands",
@@ -27,6 +27,7 @@ __all__ = [
     "count_copies",
     "gradient",
     "hand_over",
+    "inside",
     "install_save",
     "is_share",
     "lasting",

@@ -44,7 +44,7 @@ def replicas_of(parameter: Tensor, fabric: Fabric) -> Axis:
 def shared_over(parameter: Tensor, fabric: Fabric) -> tuple[Axis, Axis]:
     """The axis over which ZeRO shares out a parameter, and that of the ranks which then hold the same share.
 
-    A parameter whose `replica_axis` is not that of most is shared out over all of it.
+    One with a `replica_axis` of its own, of experts that are dealt to ranks, is shared out over all of that.
     """
     if hasattr(parameter, "replica_axis"):
         return replicas_of(parameter, fabric), Axis("alone", 0, 1, None, fabric.meter)
@@ -65,30 +65,51 @@ def shard(root: nn.Module, layers: Sequence[nn.Module], fabric: Fabric, together
         if parameter.dim() == 0:
             raise ModelError(f"{name} is a single number, which zero={stage} cannot share out; use zero=1.")
         axis, _ = shared_over(parameter, fabric)
-        first = sum(row_shares(len(local(parameter)), axis.size)[: axis.rank])
-        said[name] = {**parameter.__dict__, "zero_rows": first}
+        said[name] = dict(parameter.__dict__)
+        if axis.size > 1:
+            said[name]["zero_rows"] = sum(row_shares(len(local(parameter)), axis.size)[: axis.rank])
         if isinstance(parameter, DTensor):
             plain[id(parameter)] = nn.Parameter(local(parameter.detach()), requires_grad=parameter.requires_grad)
     for module in root.modules():
         module._parameters.update(
             {name: plain[id(held)] for name, held in module._parameters.items() if id(held) in plain}
         )
-    first = {run.start: run for run in together}
-    last = 0
+    alone = _shard_experts(root, fabric, keep=stage == 2)
+    first, last = {run.start: run for run in together}, 0
     for number in range(len(layers)):
         if number >= last:
             run = first.get(number, range(number, number + 1))
             last = run.stop
-            _fully_shard([layers[i] for i in run], fabric, keep=stage == 2)
-    _fully_shard([root], fabric, keep=True)  # what would be freed after forward is what backward needs first
-    _sum_never_average(root, fabric)
+            _fully_shard([layers[i] for i in run], fabric.zero, fabric, alone, keep=stage == 2)
+    # What would be freed after forward is what backward needs first.
+    _fully_shard([root], fabric.zero, fabric, alone, keep=True)
     for name, parameter in root.named_parameters():
         parameter.__dict__.update(said[name])
     root._inside = _call
     register_fsdp_forward_method(root, "_inside")
 
 
-def _fully_shard(unit: list[nn.Module], fabric: Fabric, *, keep: bool) -> None:
+def _shard_experts(root: nn.Module, fabric: Fabric, *, keep: bool) -> set[nn.Parameter]:
+    """Make units of the modules whose parameters have replicas of their own; returns parameters that have none."""
+    alone: set[nn.Parameter] = set()
+    for module in root.modules():
+        own = [parameter for parameter in module.parameters(recurse=False) if hasattr(parameter, "replica_axis")]
+        if not own:
+            continue
+        axis, _ = shared_over(own[0], fabric)
+        if axis.size == 1:
+            alone.update(own)
+        else:
+            _fully_shard([module], axis, fabric, set(), keep=keep)
+    return alone
+
+
+def _fully_shard(unit: list[nn.Module], axis: Axis, fabric: Fabric, ignored: set[nn.Parameter], *, keep: bool) -> None:
+    """Make a unit of FSDP2, which sums its gradients, as the objective asks, and never averages them.
+
+    FSDP2 would divide them by the number of ranks, of each unit by itself: no setting of an outer one reaches those
+    inside. Sums alone are asked for, since not every backend has those that multiply.
+    """
     types = {p.dtype for module in unit for p in module.parameters()}
     lower = any(dtype.itemsize < torch.float32.itemsize for dtype in types)
     # Sums are taken in float32 at least, as everywhere; None leaves wider types as they are.
@@ -96,24 +117,18 @@ def _fully_shard(unit: list[nn.Module], fabric: Fabric, *, keep: bool) -> None:
     offload = CPUOffloadPolicy(pin_memory=fabric.device.type == "cuda") if fabric.plan.offload else OffloadPolicy()
     fully_shard(
         unit if len(unit) > 1 else unit[0],
-        mesh=line(fabric.zero, fabric.device),
+        mesh=line(axis, fabric.device),
         reshard_after_forward=not keep,
         mp_policy=precision,
         offload_policy=offload,
+        ignored_params=ignored or None,
     )
-
-
-def _sum_never_average(root: nn.Module, fabric: Fabric) -> None:
-    """Make every unit sum its gradients, as the objective asks; FSDP2 would divide them by the number of ranks.
-
-    Neither call reaches the units inside a unit. The second keeps the sum from being asked for as a multiplied
-    one, which not every backend has.
-    """
-    for unit in sharded_units(root):
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
-        unit.set_custom_all_gather(AllGather(fabric.zero))
-        unit.set_custom_reduce_scatter(ReduceScatter(fabric.zero))
+    made = unit[0]
+    assert isinstance(made, FSDPModule)
+    made.set_gradient_divide_factor(1.0)
+    made.set_force_sum_reduction_for_comms(True)
+    made.set_custom_all_gather(AllGather(axis))
+    made.set_custom_reduce_scatter(ReduceScatter(axis))
 
 
 def sharded_units(root: nn.Module) -> Sequence[FSDPModule]:

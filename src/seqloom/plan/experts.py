@@ -38,5 +38,3 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     if ranks % plan.expert:
         degrees = ", ".join(str(degree) for degree in range(1, min(ranks, model.experts) + 1) if ranks % degree == 0)
         yield f"expert={plan.expert} does not divide the {ranks} ranks of {axes}; use a degree that does: {degrees}."
-    if plan.expert > 1 and plan.zero:
-        yield f"expert={plan.expert} with zero={plan.zero} is not supported yet; leave one of them out."

@@ -106,7 +106,8 @@ def _share(name: str, parameter: nn.Parameter, fabric: Fabric) -> Stepped:
     """What a rank steps of a parameter where moments are shared out."""
     held, (axis, _) = local(parameter.detach()), shared_over(parameter, fabric)
     if fabric.plan.zero > 1:
-        return Stepped(name, parameter, nn.Parameter(held), parameter.zero_rows, axis)  # type: ignore[attr-defined]
+        first = getattr(parameter, "zero_rows", 0)  # absent where an expert has no other replica
+        return Stepped(name, parameter, nn.Parameter(held), first, axis)
     if held.dim() == 0:  # too small to deal
         return Stepped(name, parameter, nn.Parameter(held))
     shares = row_shares(len(held), axis.size)
