@@ -176,12 +176,12 @@ def agree(said: Sequence[dict[str, dict[str, Any]]]) -> None:
 
 def peak(case: Problem, name: str) -> int:
     """`peak_bytes` of the rank where it is most."""
-    with _environment(RETURNED):
+    with environment(RETURNED):
         return max(run_local(RANKS, peak_bytes, case, name))
 
 
 @contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
+def environment(changes: dict[str, str]) -> Iterator[None]:
     """While entered, processes start with these variables."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
@@ -204,15 +204,15 @@ def peak_bytes(case: Problem, name: str) -> int:
             gc.collect()
             distributed.barrier()
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-            before = _status_bytes("VmRSS")
+            before = status_bytes("VmRSS")
             results = prepared.run()
-            lifted = _status_bytes("VmHWM") - before
+            lifted = status_bytes("VmHWM") - before
             del results
             prepared.close()
     return lifted
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
 

@@ -33,7 +33,7 @@ from benchmarks.tensor_problems import Llama, Mlp, Results, gradients, output_an
 Plan = dict[str, ParallelStyle]
 
 
-def _llama_plan(layers: int, sequence_parallel: bool, split_loss: bool) -> Plan:
+def llama_plan(layers: int, sequence_parallel: bool, split_loss: bool) -> Plan:
     """torchtitan's plan under transformers' names."""
     outer = Shard(1) if sequence_parallel else Replicate()
     entry = {
@@ -82,7 +82,7 @@ def _full(found: Results) -> Results:
 
 def _torch_llama(case: Llama, sequence_parallel: bool, split_loss: bool) -> Prepared:
     model, batch = case.model(), case.batch()
-    parallelize_module(model, _mesh(), _llama_plan(case.layers, sequence_parallel, split_loss))
+    parallelize_module(model, _mesh(), llama_plan(case.layers, sequence_parallel, split_loss))
 
     def run() -> Results:
         model.zero_grad(set_to_none=True)
