@@ -1,7 +1,9 @@
 """From a plan to named process groups; nothing else in seqloom makes groups."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -70,6 +72,19 @@ class Fabric:
     def rank(self) -> int:
         """This process among all of the run."""
         return self.world.rank
+
+    @contextmanager
+    def second_world(self, timeout_seconds: float) -> Iterator[Axis]:
+        """All ranks once more, as CPU processes: for what a thread of each says beside the training.
+
+        Every rank enters it together. The messages of two threads in one group would be taken for one another.
+        """
+        group = None
+        if self.world.size > 1:
+            group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        yield replace(self.world, name="beside", group=group)
+        if group is not None:
+            distributed.destroy_process_group(group)
 
     def close(self) -> None:
         """End the groups of this fabric, all but the one torch.distributed itself was given."""

@@ -37,11 +37,14 @@ class Piece:
         return self.offset, tuple(self.tensor.shape)
 
 
-def pieces(model: nn.Module, named: Mapping[str, Tensor] | None = None) -> list[Piece]:
+def pieces(
+    model: nn.Module, named: Mapping[str, Tensor] | None = None, rows: Mapping[str, int] | None = None
+) -> list[Piece]:
     """This rank's pieces of the tensors of `named`, each held like the parameter of `model` of its name.
 
     named: by the names that the split model has, by default its parameters; gradients and moments lie where their
-    parameters do, and what has no parameter's name is whole. A tensor that stands under several names comes
+    parameters do, and what has no parameter's name is whole. rows: by name the first of the rows of this rank's part of
+    the parameter, where a tensor is not of all that is held of it. A tensor that stands under several names comes
     once. Nothing is copied.
     """
     at_rest(model)
@@ -53,10 +56,10 @@ def pieces(model: nn.Module, named: Mapping[str, Tensor] | None = None) -> list[
         if tied.get(name) in named:
             continue
         part = local(tensor.detach())
-        slot, rows = _slot(parameters.get(name), part)
+        slot, first = _slot(parameters.get(name), part)
         shape, offset = list(slot.shape), list(slot.offset)
-        if rows:
-            offset[0] += rows
+        if first := (rows or {}).get(name, first):
+            offset[0] += first
         joined, number, count, dim = packed.get(name, (tied.get(name, name), 0, 1, 0))
         if count > 1:
             offset[dim] += number * shape[dim]

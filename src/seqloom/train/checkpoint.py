@@ -1,34 +1,41 @@
-"""Checkpoints: whole or absent, checked before they are loaded, the same run bit for bit after.
+"""Checkpoints: whole or absent, checked before they are loaded, readable under any plan.
 
 A checkpoint is a folder `step-000120` that `torch.distributed.checkpoint` wrote: parameters and
 optimizer state by name, random state by rank, and `progress.json` with everything else and the size
-of every file. It is written under another name and renamed when it is complete. Of what a tensor grid
-splits each rank writes and reads its part; the file knows the whole shapes.
+of every file. It is written under another name and renamed when it is complete. Each rank writes and
+reads what it holds; the files know the whole shapes, and under the same plan a run goes on bit for bit.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import torch
-from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
 
 from seqloom.errors import CheckpointError
-from seqloom.fabric import Fabric, barrier
-from seqloom.model import lasting
+from seqloom.fabric import Fabric
+from seqloom.train.boxes import Boxes, LoadPlanner, SavePlanner
+from seqloom.train.state import (
+    Entry,
+    differences,
+    entries,
+    generators_to_load,
+    load_generators,
+    reseed,
+    share_numbers,
+    state_to_load,
+)
 
 _NAME = re.compile(r"step-(\d{6,})$")
 _PROGRESS = "progress.json"
+_BEST = "best.json"
 _ADVICE = "remove that folder and resume from an older one"
 
 
@@ -52,36 +59,52 @@ def newest(folder: Path) -> Path | None:
     return next(reversed(_whole(folder)), None)
 
 
-def save(
-    folder: Path,
-    progress: Progress,
-    model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
-    fabric: Fabric,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of a step and drop all but the `keep` newest; every rank calls it together."""
-    target = folder / _name(progress.step)
-    unfinished = target.with_suffix(".unfinished")
-    if fabric.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    barrier(fabric.world)
+def best(folder: Path) -> Path | None:
+    """The checkpoint in `folder` that was marked as the best, or None."""
     try:
-        checkpoint.save(_state(model, optimizer, fabric), checkpoint_id=unfinished)
+        path = step_folder(folder, int(json.loads((folder / _BEST).read_text(encoding="utf-8"))["step"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return path if path.is_dir() else None
+
+
+def write(unfinished: Path, state: dict[str, Boxes], group: Any = None) -> None:
+    """Write the files of a checkpoint; every rank calls it together.
+
+    group: the processes that talk about it, by default all. Raises CheckpointError where the disk refuses.
+    """
+    try:
+        checkpoint.save(state, checkpoint_id=unfinished, planner=SavePlanner(), process_group=group)
     except CheckpointException as error:
         raise CheckpointError(
-            f"{target} cannot be written ({_first_failure(error)}); make room there and resume from the one before."
+            f"{unfinished.with_suffix('')} cannot be written ({_first_failure(error)}); make room there and resume "
+            "from the one before."
         ) from error
-    if fabric.rank == 0:
+
+
+def publish(unfinished: Path, progress: Progress, keep: int, *, mark: bool) -> Path:
+    """Make written files the checkpoint of a step, on one rank, and drop all but the `keep` newest and the best.
+
+    mark: whether this one is the best from now on. Raises CheckpointError where the disk refuses.
+    """
+    folder, target = unfinished.parent, unfinished.with_suffix("")
+    try:
         files = {path.name: [path.stat().st_size, _checksum(path)] for path in unfinished.iterdir()}
         written = json.dumps({"files": files, **asdict(progress)}, indent=1)
         (unfinished / _PROGRESS).write_text(written, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
+        if mark:
+            marking = (folder / _BEST).with_suffix(".unfinished")
+            marking.write_text(json.dumps({"step": progress.step}), encoding="utf-8")
+            marking.replace(folder / _BEST)
         for old in _whole(folder)[:-keep]:
-            shutil.rmtree(old)
-    barrier(fabric.world)
+            if old != best(folder):
+                shutil.rmtree(old)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target} cannot be written ({_said(error)}); make room there and resume from the one before."
+        ) from error
     return target
 
 
@@ -95,7 +118,11 @@ def read_progress(path: Path, *, contents: bool = False) -> Progress:
         written = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
         files = {str(name): (int(size), int(checksum)) for name, (size, checksum) in written.pop("files").items()}
         progress = Progress(**written)
-        if type(progress.step) is not int or path.name != _name(progress.step) or not isinstance(progress.config, dict):
+        if (
+            type(progress.step) is not int
+            or path.name != step_folder(path.parent, progress.step).name
+            or not isinstance(progress.config, dict)
+        ):
             raise ValueError(f"{_PROGRESS} does not describe {path.name}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
@@ -119,69 +146,55 @@ def _checksum(file: Path) -> int:
     return value
 
 
-def _name(step: int) -> str:
-    return f"step-{step:06d}"
+def step_folder(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return folder / f"step-{step:06d}"
 
 
-def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> None:
-    """Restore parameters, optimizer and random state; every rank calls it together.
+def load(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric, *, seed: int) -> None:
+    """Restore parameters, optimizer and random state, whatever plan wrote them; every rank calls it together.
 
-    Raises CheckpointError, before the run goes on, where the checkpoint is of another model or cannot be read.
+    Random state is of ranks: where another number of them wrote it, theirs is drawn anew from the run's `seed`.
+    Raises CheckpointError, before anything is changed, where the checkpoint is of another model or cannot be read.
     """
-    state = _state(model, optimizer, fabric)
-    _check_names(path, state)
+    written = written_entries(path)
+    differing = differences(model, optimizer, fabric, written)
+    if differing:
+        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
+        raise CheckpointError(
+            f"{path} is of another model: {differing[0]}{more}; resume with the configuration it was trained with."
+        )
+    generators = generators_to_load(fabric, written)
+    state = state_to_load(model, optimizer, written) | generators
+    read(path, state)
+    share_numbers(model, optimizer, state)
+    if generators:
+        load_generators(generators, fabric)
+    else:
+        reseed(seed, int(path.name.partition("-")[2]), fabric)
+
+
+def written_entries(path: Path) -> dict[str, Entry]:
+    """Whole shape and type of each tensor of a checkpoint, by its name there."""
     try:
-        checkpoint.load(state, checkpoint_id=path)
+        return entries(checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata)
+    # Bytes gone bad end in whatever pickle meets first; all of it means the same to the reader.
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({_said(error)}); {_ADVICE}.") from error
+
+
+def read(path: Path, state: dict[str, Boxes], *, alone: bool = False) -> None:
+    """Fill boxes from a checkpoint; every rank calls it together, unless this process is `alone`."""
+    try:
+        checkpoint.load(state, checkpoint_id=path, planner=LoadPlanner(), no_dist=alone)
     except CheckpointException as error:
         raise CheckpointError(f"{path} cannot be read ({_first_failure(error)}); {_ADVICE}.") from error
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=state["optimizer"])
-    for device, numbers in state["random"][str(fabric.rank)].items():
-        (torch.cuda.set_rng_state if device == "cuda" else torch.set_rng_state)(numbers)
 
 
 def _whole(folder: Path) -> list[Path]:
     """The whole checkpoints in `folder`, oldest first: by number, for step 1000000 follows step 999999."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
-
-
-def _state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict[str, Any]:
-    # Not `model.state_dict()`, which would gather what a plan holds in parts; loading fills the model itself.
-    moments = get_optimizer_state_dict(model, optimizer)
-    held = {name: tensor.detach() for name, tensor in lasting(model).items()}
-    random = {"cpu": torch.get_rng_state()}
-    if fabric.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state()
-    return {"model": held, "optimizer": moments, "random": {str(fabric.rank): random}}
-
-
-def _check_names(path: Path, state: Mapping[str, Any]) -> None:
-    """Compare names, shapes and types of parameters: loading would cast and skip without a word."""
-    try:
-        written = checkpoint.FileSystemReader(path).read_metadata().state_dict_metadata
-    # Bytes gone bad end in whatever pickle meets first; all of it means the same to the reader.
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({_said(error)}); {_ADVICE}.") from error
-    there = {
-        name.removeprefix("model."): (tuple(entry.size), entry.properties.dtype)
-        for name, entry in written.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-    here = {name: (tuple(x.shape), x.dtype) for name, x in state["model"].items() if isinstance(x, Tensor)}
-    differing = [name for name in (*here, *(there.keys() - here)) if here.get(name) != there.get(name)]
-    if differing:
-        name = differing[0]
-        more = f", and {len(differing) - 1} more differ" if len(differing) > 1 else ""
-        raise CheckpointError(
-            f"{path} is of another model: {name} is {_described(there.get(name))} there and "
-            f"{_described(here.get(name))} here{more}; resume with the configuration it was trained with."
-        )
-
-
-def _described(entry: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    if entry is None:
-        return "absent"
-    return f"{list(entry[0])} in {str(entry[1]).removeprefix('torch.')}"
 
 
 def _first_failure(error: CheckpointException) -> str:

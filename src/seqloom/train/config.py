@@ -119,12 +119,14 @@ class RunConfig(Section):
 
     folder: takes metrics and checkpoints. Relative to the working directory.
     save_every: optimizer steps between checkpoints; null saves at the end only.
-    keep: newest checkpoints that are kept.
+    save_async: whether checkpoints are written while training goes on, of copies in host memory.
+    keep: newest checkpoints that are kept, beside the best one.
     timeout_seconds: the longest a process waits for another before the run ends.
     """
 
     folder: Annotated[Path, Field(strict=False)] = Path("runs/train")
     save_every: Count | None = None
+    save_async: bool = False
     keep: Count = 2
     timeout_seconds: Seconds = 300.0
 

@@ -22,7 +22,7 @@ from seqloom.model import (
     without_progress_bars,
 )
 from seqloom.sequence import Batch
-from seqloom.train.checkpoint import Progress, load, newest, read_progress, save
+from seqloom.train.checkpoint import Progress, load, newest, read_progress
 from seqloom.train.config import Config, EvalConfig, RunConfig
 from seqloom.train.data import load_text
 from seqloom.train.evaluate import evaluate
@@ -32,6 +32,7 @@ from seqloom.train.optimizer import adamw
 from seqloom.train.packing import PackedText, order
 from seqloom.train.prepare import CHECKPOINTS, run_settings, sole_writer
 from seqloom.train.progress import Display, Metrics, MetricsFile
+from seqloom.train.saving import Saves
 from seqloom.train.scale import LossScale
 from seqloom.train.schedule import learning_rate
 from seqloom.train.step import apply_gradients, compute_gradients
@@ -74,7 +75,7 @@ def train(config: Config, resume: bool) -> Summary:
         run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0))
         if config.train.precision == "fp16":
             run.scale = LossScale(config.train.initial_loss_scale)
-        progress = _restore(config.run.folder, text, model, optimizer, fabric) if resume else None
+        progress = _restore(config, text, model, optimizer, fabric) if resume else None
         if progress is not None:
             run.take_up(progress)
         with naming_others(fabric):
@@ -116,6 +117,7 @@ class _Run:
                 self._introduce(folder, display)
                 metrics = MetricsFile(folder / "metrics.jsonl", done)
                 stack.callback(metrics.close)
+            saves = stack.enter_context(self._saves(stack))
             stopped = stop.agreed(self.fabric)
             while step < train.steps and not stopped:
                 line = self._step(step)
@@ -128,7 +130,8 @@ class _Run:
                     display.show(line)
                 stopped = stop.agreed(self.fabric)
                 if stopped or step == train.steps or self._due(step, self.config.run):
-                    self._save(step)
+                    saves.save(self._progress(step), self.model, self.optimizer)
+                saves.check()
         if step == train.steps and (leader or hasattr(self.model, "_split_by")):  # parts are gathered by all
             with without_progress_bars():
                 self.model.save_pretrained(folder / "model")
@@ -207,15 +210,18 @@ class _Run:
             for micro, part in enumerate(numbers.reshape(-1, train.micro_batch))
         ]
 
-    def _save(self, step: int) -> None:
+    def _saves(self, stack: ExitStack) -> Saves:
+        run, fabric = self.config.run, self.fabric
+        beside = stack.enter_context(fabric.second_world(run.timeout_seconds)) if run.save_async else None
+        return Saves(run.folder / CHECKPOINTS, fabric, keep=run.keep, beside=beside)
+
+    def _progress(self, step: int) -> Progress:
         running: dict[str, float] = {}
         if self.config.train.precision == "fp16":
             running |= {"loss_scale": self.scale.value, "finite_steps": self.scale.finite_steps}
         if self.best_loss is not None:
             running |= {"best_loss": self.best_loss, "best_step": self.best_step}
-        progress = Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config), running=running)
-        checkpoints = self.config.run.folder / CHECKPOINTS
-        save(checkpoints, progress, self.model, self.optimizer, self.fabric, self.config.run.keep)
+        return Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config), running=running)
 
     def _introduce(self, folder: Path, display: Display) -> None:
         """Write what the run is, for the report and for `verify`, and say it."""
@@ -270,9 +276,10 @@ def _optimizer(model: PreTrainedModel, train: TrainConfig, fabric: Fabric) -> to
 
 
 def _restore(
-    folder: Path, text: PackedText, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric
+    config: Config, text: PackedText, model: PreTrainedModel, optimizer: torch.optim.Optimizer, fabric: Fabric
 ) -> Progress | None:
     """Load the newest checkpoint, if there is one; returns how far it had come."""
+    folder = config.run.folder
     path = newest(folder / CHECKPOINTS)
     progress = read_progress(path) if path is not None else None
     step = progress.step if progress is not None else 0
@@ -290,5 +297,5 @@ def _restore(
             f"{path} was trained on other text than data.files holds now; "
             "restore the files, or name another run.folder."
         )
-    load(path, model, optimizer, fabric)
+    load(path, model, optimizer, fabric, seed=config.train.seed)
     return progress

@@ -22,7 +22,9 @@ FREE_TO_CHANGE = (
     *("steps", "learning_rate", "schedule", "warmup_steps", "warmup_samples", "decay_steps", "decay_samples"),
     *("final_learning_rate_share", "clip"),
 )
-"""Keys of `train` that may differ when a run is resumed; a note says so. All else must be as it was."""
+ANY_WAY = ("accumulate", "loss_chunk", "gradient_checkpointing")
+"""Keys of `train` that may differ when a run is resumed; a note says so. The second change no number but by rounding,
+as `plan` does, which may differ too. All else must be as it was."""
 
 
 def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
@@ -103,7 +105,7 @@ def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[s
     """Notes about settings that changed harmlessly; CheckpointError for those that would change the run."""
     before, now = (_flat(settings) for settings in (progress.config, json.loads(json.dumps(run_settings(config)))))
     changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
-    free = {f"train.{key}" for key in FREE_TO_CHANGE}
+    free = {"plan", *(f"train.{key}" for key in FREE_TO_CHANGE + ANY_WAY)}
     fixed = [key for key in changed if key not in free and not key.startswith(("run.", "eval"))]
     if fixed:
         said = ", ".join(f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in fixed)
