@@ -148,7 +148,7 @@ WRONG_VALUES = [
     ("steps=3", "steps is not a setting (did you mean 'train.steps'?)."),
     ("data.learning_rate=1", "data.learning_rate is not a setting (did you mean 'train.learning_rate'?)."),
     ("trian.steps=3", "trian is not a setting (did you mean 'train'?)."),
-    ("run.qqqq=1", "run.qqqq is not a setting; there are folder, save_every, keep, timeout_seconds."),
+    ("run.qqqq=1", "run.qqqq is not a setting; there are folder, save_every, save_async, keep, timeout_seconds."),
     ("train.steps", "The override 'train.steps' is not of the form section.key=value."),
     ("=3", "The override '=3' is not of the form section.key=value."),
     ("train..steps=3", "The override 'train..steps=3' is not of the form section.key=value."),
