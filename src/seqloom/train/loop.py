@@ -129,8 +129,9 @@ class _Run:
                     metrics.write(line)
                     display.show(line)
                 stopped = stop.agreed(self.fabric)
-                if stopped or step == train.steps or self._due(step, self.config.run):
-                    saves.save(self._progress(step), self.model, self.optimizer)
+                best = self.best_loss is not None and self.best_step == step
+                if best or stopped or step == train.steps or self._due(step, self.config.run):
+                    saves.save(self._progress(step), self.model, self.optimizer, best=best)
                 saves.check()
         if step == train.steps and (leader or hasattr(self.model, "_split_by")):  # parts are gathered by all
             with without_progress_bars():

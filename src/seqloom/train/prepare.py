@@ -42,11 +42,6 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
             f"make train.batch a multiple of {train.accumulate * data}."
         )
     check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
-    if config.plan.zero:
-        raise ConfigError(
-            f"Checkpoints of what zero={config.plan.zero} shares out are not supported yet; use zero=0, or steps of "
-            "your own."
-        )
     probe(outline(config.model.settings()), config.plan)
     _find_text(config.data, "data")
     if config.eval is not None:
