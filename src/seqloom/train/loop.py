@@ -17,6 +17,7 @@ from seqloom.model import (
     Float64Islands,
     build_model,
     clear_gradients,
+    outline,
     parallelize,
     weights_folder,
     without_progress_bars,
@@ -227,7 +228,8 @@ class _Run:
     def _introduce(self, folder: Path, display: Display) -> None:
         """Write what the run is, for the report and for `verify`, and say it."""
         config, text = self.config, self.text
-        parameters = sum(p.numel() for p in self.model.parameters())
+        whole = outline(config.model.settings())  # this rank may hold parts
+        parameters = whole.num_parameters()
         folder.mkdir(parents=True, exist_ok=True)
         self.model.config.save_pretrained(folder)
         described = {
@@ -254,7 +256,7 @@ class _Run:
         for note in text.notes:
             display.say(note)
         display.say(
-            f"{type(self.model).__name__} of {parameters:,} parameters, plan '{config.plan}' on "
+            f"{type(whole).__name__} of {parameters:,} parameters, plan '{config.plan}' on "
             f"{config.plan.world_size} processes, {text.num_sequences:,} sequences of {text.sequence_length:,} tokens "
             f"from {text.num_files:,} files."
         )
