@@ -1,6 +1,6 @@
 """A whole training step on one GPU for each choice of recomputation: tokens/s, MFU, peak memory, and selective's gain.
 
-    python -m benchmarks.gpu_step [--tokens 32768 131072] [--choices none selective full ...] [--repeats 5] [--out FOLDER]
+    python -m benchmarks.gpu_step [--tokens 32768 131072] [--choices none selective ...] [--repeats 5] [--out FOLDER]
     python -m benchmarks.gpu_step --device cpu --tokens small      # runs all of the program, measures nothing
 
 The model is a slice of Llama-3-8B: its width, four of its layers, its vocabulary; float32 parameters, bfloat16
@@ -53,8 +53,8 @@ CHOICES = ("none", "selective", "full", "full:uniform:2", "full:block:2", "selec
 PEAK_FLOPS = 989.4e12  # dense bfloat16 of an H100 or H200 SXM, NVIDIA's data sheet
 CONVENTION = (
     "MFU counts 6 operations for each token and weight of a linear, the head's among them, and for attention 12 x head "
-    "width for each visible pair and head (causal pairs alone, half of the square; backward twice forward); nothing that "
-    f"is computed again counts. The peak is {PEAK_FLOPS / 1e12:.1f} TFLOP/s."
+    "width for each visible pair and head (causal pairs alone, half of the square; backward twice forward); nothing "
+    f"that is computed again counts. The peak is {PEAK_FLOPS / 1e12:.1f} TFLOP/s."
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import balance, gpu_attention, mask_memory, parity
+from benchmarks import balance, gpu_attention, gpu_step, mask_memory, parity
 from benchmarks.documents import lengths
 from benchmarks.emulation import Loop, Sizes, whole
 from close import assert_close
@@ -155,3 +155,30 @@ def test_the_table_of_parity(tmp_path: Path) -> None:
     assert [row.equal for row in rows] == [True, False, False, False]
     text = "\n".join(parity.page(rows, asked))
     assert "1 of 4 plans equal" in text and "| llama | 2 | 4 | 3 |" in text and "it hung" in text
+
+
+def test_whole_steps_run_through(tmp_path: Path) -> None:
+    """Catches a program that first fails on the GPU, a choice left out, and a gain that has another sense."""
+    arguments = ["--device", "cpu", "--tokens", "small", "--repeats", "1", "--out", str(tmp_path)]
+    rows = rows_of(gpu_step.main(arguments))
+    assert [row["choice"] for row in rows] == list(gpu_step.CHOICES)
+    assert all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in rows)
+    made = [
+        {"tokens": 8, "choice": choice, "step_seconds": taken, "attention_forward_seconds": 2.0}
+        for choice, taken in (("full", 10.0), ("selective", 8.0))
+    ]
+    assert gpu_step.gain(made, 8) == 1.0 and gpu_step.gain(made[:1], 8) is None
+
+
+def test_flops_by_hand() -> None:
+    """Catches the whole square counted for causal attention, the head left out, or recomputation counted."""
+    found = gpu_step.model_flops(gpu_step.SMALL, 128)
+    linears = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128
+    assert found == 6 * 128 * (4 * linears + 64 * 256) + 4 * 12 * 4 * 16 * 128 * 129 // 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would be measured")
+def test_without_a_gpu_no_step_is_claimed(tmp_path: Path) -> None:
+    """Catches figures of a CPU in a record of a GPU."""
+    page = gpu_step.main(["--out", str(tmp_path)])
+    assert "Not measured" in page.read_text(encoding="utf-8")

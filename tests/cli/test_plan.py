@@ -240,3 +240,13 @@ def test_all_legal_plans_are_listed(cli: Cli) -> None:
     assert out.startswith("Not legal: 'ulysses=8'. The plan 'ulysses=8' takes 8 processes, but there are 4. Also: ")
     _, out, _ = cli(*PLAN, "64", "--list", "--world", "4", "--check", "ring=4")
     assert out.startswith("Legal: 'ring=4'.\n")
+
+
+def test_what_recomputed_layers_keep_is_told(cli: Cli) -> None:
+    """Catches a choice of recomputation whose price is not said, or said of a plan that keeps all."""
+    _, out, _ = cli(*PLAN, "64", "--check", "ring=2 recompute=selective activations=offloaded")
+    wanted = (
+        f"host memory at most {32 * 32 * 4:,} bytes of input a sequence, and with selective {32 * 32 * 2 + 32 * 16:,}"
+    )
+    assert wanted in out
+    assert "computed again" not in cli(*PLAN, "64", "--check", "ring=2")[1]

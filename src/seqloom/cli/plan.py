@@ -100,7 +100,22 @@ def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> I
         yield _grid(plan, model, _spread(outer), _spread(inner))
     if plan.attention_ring > 1:
         yield f"Attention work of the busiest ring rank over the mean: {_compared(layout, masks)}."
+    if plan.recompute != "none":
+        yield _kept(plan, model, layout)
     yield from _sent(plan, model, num_tokens, layout, masks)
+
+
+def _kept(plan: "Plan", model: "ModelShape", layout: "Layout") -> str:
+    """What layers that are computed again keep."""
+    from seqloom.planner import kept_bytes
+
+    found = kept_bytes(plan, model, layout, item_bytes=2, input_item_bytes=4)
+    where = "host memory" if plan.activations == "offloaded" else "its memory"
+    beside = f", and with selective {found.attention:,} bytes of attention" if "selective" in plan.recompute else ""
+    return (
+        f"Of a layer that is computed again (recompute={plan.recompute}) a process keeps in {where} at most "
+        f"{found.input:,} bytes of input a sequence{beside}, in bf16 with a float32 residual stream."
+    )
 
 
 def _grid(plan: "Plan", model: "ModelShape", outer: str, inner: str) -> str:

@@ -1,6 +1,7 @@
 """What a plan costs, from formulas, and who holds what under it; no torch."""
 
 from seqloom.planner.expert_traffic import expert_bytes
+from seqloom.planner.kept import Kept, kept_bytes
 from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places, tokens_held
 from seqloom.planner.rest import AtRest, at_rest_bytes, zero_bytes
 from seqloom.planner.tensor_traffic import (
@@ -15,6 +16,7 @@ from seqloom.planner.traffic import all_reduce_bytes, attention_bytes, local_hea
 
 __all__ = [
     "AtRest",
+    "Kept",
     "Linear",
     "Place",
     "Tokens",
@@ -23,6 +25,7 @@ __all__ = [
     "attention_bytes",
     "expert_bytes",
     "inner_spans",
+    "kept_bytes",
     "layer_elements",
     "layer_linears",
     "linear_elements",
