@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from seqloom.errors import PlanError
 from seqloom.geometry import Layout, Mask
 from seqloom.plan import FAMILIES, ModelShape, Plan, check, legal_plans, nearest, reasons, shortest
+from seqloom.plan.pipeline import pipeline_reasons
 from seqloom.planner import Tokens, places
 
+FOUR = ModelShape(family="llama", vocab=96, hidden=96, layers=4, heads=12, kv_heads=6, head_dim=8, max_positions=4096)
 TINY = ModelShape(family="llama", vocab=96, hidden=96, layers=2, heads=12, kv_heads=6, head_dim=8, max_positions=4096)
 
 plans = st.builds(
@@ -73,7 +75,7 @@ def test_a_legal_plan_has_no_reasons() -> None:
     ("plan", "num_tokens", "known", "message"),
     [
         (Plan(ring=2), 64, {"world": 4}, "The plan 'ring=2' takes 2 processes, but there are 4."),
-        (Plan(pipeline=2), 64, {}, "pipeline=2 is not supported yet; the only degree is 1."),
+        (Plan(schedule="zbv"), 64, {}, "schedule, chunks and stages are for pipeline above 1; leave them out."),
         (
             Plan(tensor=5),
             64,
@@ -223,13 +225,14 @@ def test_any_length_fits_a_model_without_positions_of_its_own() -> None:
 def test_every_reason_is_given_at_once() -> None:
     """Catches a check that stops at the first reason, or at the first of one kind."""
     model = replace(TINY, max_positions=10, unsupported=("First fact.", "Second fact."))
-    plan = Plan(data=4, pipeline=2, tensor=5, ring=4, ulysses=13)
+    plan = Plan(data=4, pipeline=2, stages="1-0-1", tensor=5, ring=4, ulysses=13)
     found = reasons(plan, model, 51, world=8, batch=6)
     expected = [
         "First fact.",
         "Second fact.",
         "takes 2080 processes, but there are 8",
-        "pipeline=2",
+        "stages=1-0-1 names 3 stages",
+        "between the ends without layers",
         "12 query heads cannot be split evenly over tensor=5",
         "ulysses=13 is more than the model's 12 query heads",
         "longer than the model's 10 positions",
@@ -408,7 +411,47 @@ REFUSALS: dict[str, Refused] = {
     "too short": (lambda: check(Plan(ring=4), TINY, 3), "3 tokens", "the shortest sequence has 8."),
     "empty sequence": (lambda: check(Plan(), TINY, 0), "0 tokens", "the shortest has 1."),
     "too long": (lambda: check(Plan(), TINY, 5000), "5000 tokens", "4096 positions; use at most so many"),
-    "pipeline": (lambda: check(Plan(pipeline=2), TINY), "pipeline=2", "the only degree is 1."),
+    "no pipeline": (lambda: check(Plan(chunks=2), FOUR), "pipeline above 1", "leave them out. Try data=1."),
+    "too few layers": (
+        lambda: check(Plan(pipeline=8), FOUR),
+        "4 layers cannot be cut into 8 stages",
+        "at least 6 layers, or fewer stages. Try pipeline=4 ulysses=2.",
+    ),
+    "stages of another number": (
+        lambda: check(Plan(pipeline=2, stages="1-2-1"), FOUR),
+        "stages=1-2-1 names 3 stages, but the plan has 2",
+        "name as many, or leave stages out. Try pipeline=2.",
+    ),
+    "stages of other layers": (
+        lambda: check(Plan(pipeline=2, stages="1-2"), FOUR),
+        "names 3 layers, but the model has 4",
+        "make them add up. Try pipeline=2.",
+    ),
+    "a stage of nothing": (
+        lambda: check(Plan(pipeline=3, stages="2-0-2"), FOUR),
+        "stages=2-0-2 leaves a stage between the ends without layers",
+        "only the ends may have none. Try pipeline=3.",
+    ),
+    "micro-batches": (
+        lambda: check(Plan(pipeline=4), FOUR, micro_batches=2),
+        "A step of 2 micro-batches cannot be ordered by schedule=1f1b over pipeline=4",
+        "accumulate 4, or use schedule=gpipe. Try pipeline=4 schedule=gpipe.",
+    ),
+    "chunks of a plain schedule": (
+        lambda: check(Plan(pipeline=2, chunks=2), FOUR),
+        "one stage, not chunks=2",
+        "use schedule=interleaved, or leave chunks out. Try pipeline=2.",
+    ),
+    "one chunk interleaved": (
+        lambda: check(Plan(pipeline=2, schedule="interleaved", chunks=1), FOUR),
+        "chunks=1 interleaves nothing",
+        "use schedule=1f1b, or chunks=2. Try pipeline=2 schedule=interleaved.",
+    ),
+    "chunks there and back": (
+        lambda: check(Plan(pipeline=2, schedule="zbv", chunks=3), FOUR),
+        "2 stages each, not chunks=3",
+        "leave it out. Try pipeline=2 schedule=zbv.",
+    ),
     "heads over a line": (
         lambda: check(Plan(tensor=5), TINY),
         "12 query heads",
@@ -502,7 +545,7 @@ def test_a_refusal_names_fact_limit_and_way_out(what: str) -> None:
 
 def templates() -> list[str]:
     """Each sentence that the rooms of a plan's legality can write, as a pattern with holes where values stand."""
-    files = [Path(inspect.getfile(Plan)), Path(inspect.getfile(check))]
+    files = [Path(inspect.getfile(Plan)), Path(inspect.getfile(check)), Path(inspect.getfile(pipeline_reasons))]
     strings = [
         node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.JoinedStr)
     ]

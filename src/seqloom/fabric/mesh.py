@@ -45,7 +45,8 @@ class Fabric:
     parameters split over it know it (None where there is one rank). `replicas` is data x ring x ulysses of
     the plan as one axis: the ranks that hold the same weights; `zero` are those of them that share them out, and
     `zero_replicas` those that hold the same share. `expert` are the ranks a layer's experts are dealt to, and
-    `expert_replicas` those that hold the same experts. `world` is all ranks.
+    `expert_replicas` those that hold the same experts. `ends` are the first and the last rank of a pipeline, where
+    they differ; the others stand on it alone. `world` is all ranks.
     """
 
     plan: Plan
@@ -64,6 +65,7 @@ class Fabric:
     zero_replicas: Axis
     expert: Axis
     expert_replicas: Axis
+    ends: Axis
     world: Axis
     mesh: DeviceMesh | None = field(default=None, repr=False)
     groups: tuple[distributed.ProcessGroup, ...] = field(default=(), repr=False)
@@ -110,10 +112,13 @@ class Fabric:
         if world > 1:
             made[tuple(range(world))] = distributed.group.WORLD
 
-        def group_of(families: Families) -> distributed.ProcessGroup:
-            mine = next(ranks for ranks in families if rank in ranks)
+        def group_of(families: Families) -> distributed.ProcessGroup | None:
+            mine = next((ranks for ranks in families if rank in ranks), (rank,))
             if mine not in made:
-                made[mine] = distributed.new_subgroups_by_enumeration([list(ranks) for ranks in families])[0]
+                group = distributed.new_subgroups_by_enumeration([list(ranks) for ranks in families])[0]
+                if group is None:
+                    return None
+                made[mine] = group
             return made[mine]
 
         axes = _axes(plan, rank, group_of)
@@ -137,7 +142,7 @@ class Fabric:
 
 
 Families = tuple[tuple[int, ...], ...]
-"""The ranks of every group of an axis; each rank is in one of them."""
+"""The ranks of every group of an axis; each rank is in one of them at most."""
 
 
 def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.ProcessGroup | None]) -> dict[str, Any]:
@@ -170,6 +175,7 @@ def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.Proc
         far = tuple(one[i::inner] for one in found for i in range(inner))
         return place(names[0], near), place(names[1], far)
 
+    stages = families("pipeline")
     around = joined("ring")
     ring = place("ring", around)
     inner_ring, outer_ring = halves(ring, around, plan.rings[1], ("inner_ring", "outer_ring"))
@@ -183,7 +189,7 @@ def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.Proc
         expert, expert_replicas = halves(experts, sharing, plan.expert, ("expert", "expert_replicas"))
     return {
         "meter": meter,
-        "pipeline": place("pipeline", families("pipeline")),
+        "pipeline": place("pipeline", stages),
         "data": place("data", families("data")),
         "ring": ring,
         "inner": inner_ring if plan.rings[0] > 1 else ring,
@@ -196,8 +202,24 @@ def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.Proc
         "zero_replicas": zero_replicas,
         "expert": expert,
         "expert_replicas": expert_replicas,
+        "ends": _ends(plan, rank, stages, group_of, meter),
         "world": place("world", families(*sizes)),
     }
+
+
+def _ends(
+    plan: Plan,
+    rank: int,
+    pipelines: Families,
+    group_of: Callable[[Families], distributed.ProcessGroup | None],
+    meter: Meter,
+) -> Axis:
+    """The first and the last rank of each pipeline, where the first and the last stage lie on two."""
+    apart = plan.pipeline > 1 and plan.schedule != "zbv"
+    pairs = tuple((ranks[0], ranks[-1]) for ranks in pipelines) if apart else ()
+    group = group_of(pairs) if pairs else None  # by all ranks, those between the ends too
+    mine = next((ranks for ranks in pairs if rank in ranks), (rank,))
+    return Axis("ends", mine.index(rank), len(mine), group, meter)
 
 
 def _mesh(

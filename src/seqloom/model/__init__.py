@@ -10,8 +10,10 @@ from seqloom.model.gradients import (
     sum_gradients,
 )
 from seqloom.model.lift import Float64Islands
-from seqloom.model.parallelize import layer_windows, parallelize, token_loss
+from seqloom.model.loss import token_loss
+from seqloom.model.parallelize import layer_windows, parallelize
 from seqloom.model.pieces import Piece, count_copies, pieces
+from seqloom.model.pipeline import pipeline_loss
 from seqloom.model.probe import probe
 from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
 from seqloom.model.zero import at_rest, inside, is_share, shard, sharded_units, shared_over
@@ -36,6 +38,7 @@ __all__ = [
     "outline",
     "parallelize",
     "pieces",
+    "pipeline_loss",
     "probe",
     "save_whole",
     "shard",

@@ -80,11 +80,12 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
     """Sum every gradient over all ranks whose tokens it depends on; call it after backward.
 
     Those are the ranks that hold the same weights, `fabric.replicas` or the axis of the fabric that a parameter's
-    `replica_axis` names, and the tensor axes over which the activations are split and the parameter is not, which
-    are its attribute `sum_axes`. Gradients that ZeRO shares out were summed over the ranks that share them in
-    backward; each share is summed over the ranks that hold the same one. After it each rank holds its part of the
-    gradient of the global mean loss. Raises ModelError where a trainable parameter has no gradient: the ranks could
-    not tell it from a missing message.
+    `replica_axis` names, the tensor axes over which the activations are split and the parameter is not, which are its
+    attribute `sum_axes`, and `fabric.ends` for a tied weight whose copies lie on both ends of a pipeline (its attribute
+    `at_ends`). Gradients that ZeRO shares out were summed over the ranks that share them in backward; each share is
+    summed over the ranks that hold the same one. After it each rank holds its part of the gradient of the global mean
+    loss. Raises ModelError where a trainable parameter has no gradient: the ranks could not tell it from a missing
+    message.
     """
     at_rest(model)
     for name, parameter in model.named_parameters():
@@ -174,4 +175,5 @@ def _axes(parameter: Tensor, fabric: Fabric) -> tuple[Axis, ...]:
         )
     alike = shared_over(parameter, fabric)[1] if is_share(parameter) else replicas_of(parameter, fabric)
     axes = [alike, *(fabric.grid[name] for name in getattr(parameter, "sum_axes", ()))]
+    axes += [fabric.ends] if hasattr(parameter, "at_ends") else []
     return tuple(axis for axis in axes if axis.size > 1)

@@ -1,42 +1,41 @@
 """An unmodified transformers model under a plan, and the gradients of its replicas."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, broadcast_
-from seqloom.memory import chunked_cross_entropy
-from seqloom.model.balance import balance_loss, is_balanced
 from seqloom.model.experts import split_experts
 from seqloom.model.families import layers
 from seqloom.model.pieces import count_copies, tied_names
+from seqloom.model.pipeline import cut_model, join_ends, stage_layers
 from seqloom.model.probe import connect, probe
 from seqloom.model.recompute import recompute
 from seqloom.model.tensor import split_model
 from seqloom.model.whole import install_save
-from seqloom.model.zero import inside
 from seqloom.model.zero import shard as share_out
-from seqloom.plan import ModelShape, check, units
-from seqloom.sequence import LocalBatch, SequenceShard
-from seqloom.tensor import ParallelDropout, ParallelLinear, TensorGroup, split_head
+from seqloom.plan import ModelShape, Unit, check, cut, stages_of, units
+from seqloom.sequence import SequenceShard
+from seqloom.tensor import ParallelDropout, TensorGroup
 
-LOSS_CHUNK_TOKENS = 1024
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_dropout")
 """Names of dropout modules whose probability the attention function is given."""
 
 
-def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
+def parallelize(model: PreTrainedModel, fabric: Fabric, *, num_tokens: int | None = None) -> PreTrainedModel:
     """Make `model` compute its part of every sequence, as the fabric's plan says; returns the same model.
 
     The weights become those of rank 0 everywhere and move to the fabric's device. Under tensor plans each
     rank keeps its part of them as new parameters: convert types before this call, and make optimizers and
     hooks after it. From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`,
-    and without labels: see `token_loss`. Raises PlanError when the plan does not fit the model, ModelError
-    when the model has what cannot be split exactly.
+    and without labels: see `token_loss`. Of a pipeline each rank keeps its stages, cut for sequences of
+    `num_tokens` (see `plan.cut`), and runs them by `pipeline_loss`. Raises PlanError when the plan does not
+    fit the model, ModelError when the model has what cannot be split exactly.
     """
     if getattr(model, "_split_by", None) is not None:
         raise ModelError(
@@ -54,32 +53,53 @@ def parallelize(model: PreTrainedModel, fabric: Fabric) -> PreTrainedModel:
     connect(model)
     group = TensorGroup.of(fabric)
     model._tied_names = tied_names(model)
+    numbers = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    tied = head.weight is model.get_input_embeddings().weight
+    if fabric.plan.pipeline > 1:
+        # Before the cut: stages of one model, whatever weights the ranks came with.
+        _share_weights(model, fabric)
+    cut_model(model, fabric.plan, fabric.pipeline.rank, cut(fabric.plan, shape, num_tokens))
     for part in (model, model.base_model):
         part.register_forward_pre_hook(_refuse_what_is_whole, with_kwargs=True)
     for part in (model.base_model, *layers(model)):
         part.register_forward_pre_hook(partial(_bind, group), with_kwargs=True)
     if fabric.plan.tensor == 1:
         model.to(fabric.device)
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            broadcast_(tensor, fabric.world)
+    if fabric.plan.pipeline == 1:
+        _share_weights(model, fabric)
     split_experts(model, fabric)
     if fabric.plan.tensor > 1:
-        split_model(model, group)
+        split_model(model, group, tied=tied)
         for module in model.modules():  # Module.to would swap the parameters, and forget what is said of them
             module._buffers.update(
                 {name: b if b is None else b.to(fabric.device) for name, b in module._buffers.items()}
             )
-    _draw_dropouts(model, group)
-    held = layers(model)
-    again = units(fabric.plan, 0, len(held))
-    recompute(held, again, group, fabric.plan.activations)
-    if fabric.plan.zero >= 2:
-        share_out(model, held, fabric, [range(unit.start, unit.stop) for unit in again])
+    if tied and fabric.ends.size > 1:
+        join_ends(model)
+    _draw_dropouts(model, group, numbers)
+    _keep_less(model, fabric, group)
     if count_copies(model, fabric):
         install_save(model, fabric)
         model._split_by = fabric.plan
     return model
+
+
+def _keep_less(model: PreTrainedModel, fabric: Fabric, group: TensorGroup) -> None:
+    """Have backward compute layers again, stage by stage, and share parameters out, as the plan says."""
+    again: tuple[Unit, ...] = ()
+    for stage in stages_of(fabric.plan, fabric.pipeline.rank):
+        held = stage_layers(model, stage)
+        again = units(fabric.plan, stage, len(held))
+        recompute(held, again, group, fabric.plan.activations)
+    if fabric.plan.zero >= 2:
+        share_out(model, layers(model), fabric, [range(unit.start, unit.stop) for unit in again])
+
+
+def _share_weights(model: PreTrainedModel, fabric: Fabric) -> None:
+    """Make the weights those of rank 0 everywhere."""
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            broadcast_(tensor, fabric.world)
 
 
 def _bind(group: TensorGroup, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,13 +112,14 @@ def _bind(group: TensorGroup, module: nn.Module, args: tuple[Any, ...], kwargs: 
         )
 
 
-def _draw_dropouts(model: PreTrainedModel, group: TensorGroup) -> None:
+def _draw_dropouts(model: PreTrainedModel, group: TensorGroup, numbers: Mapping[str, int]) -> None:
     """Replace dropouts of hidden states by ones that every plan draws alike; attention takes over its own.
 
+    numbers: of the modules, by name, as the whole model has them.
     Raises ModelError for a dropout that is no module of its own, which torch would draw anew on every rank,
     and for one between split linears.
     """
-    for number, (name, module) in enumerate(list(model.named_modules())):
+    for name, module in list(model.named_modules()):
         probability = module.p if isinstance(module, nn.Dropout) else getattr(module, "hidden_dropout", 0.0)
         parent, _, child = name.rpartition(".")
         if not probability or child in ATTENTION_DROPOUTS:
@@ -111,7 +132,7 @@ def _draw_dropouts(model: PreTrainedModel, group: TensorGroup) -> None:
                 "not supported; set it to 0."
             )
         width = model.config.hidden_size if group.grid.outer.hidden else None
-        drawn = ParallelDropout(module.p, group, "outer", number, width)
+        drawn = ParallelDropout(module.p, group, "outer", numbers[name], width)
         setattr(model.get_submodule(parent), child, drawn.train(module.training))
 
 
@@ -146,58 +167,3 @@ def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str,
 def layer_windows(model: PreTrainedModel) -> tuple[int | None, ...]:
     """Each layer's attention window, for `shard_batch(..., windows=...)`, so that layout=balanced evens them out."""
     return ModelShape.from_config(model.config.to_dict()).windows
-
-
-def token_loss(
-    model: PreTrainedModel,
-    local: LocalBatch,
-    shard: SequenceShard,
-    *,
-    total: int | None = None,
-    sequences: int | None = None,
-    chunk_tokens: int = LOSS_CHUNK_TOKENS,
-) -> Tensor:
-    """This rank's share of the mean loss over all label tokens, in nats; the shares of all ranks sum to it.
-
-    total, sequences: label tokens and sequences of the whole optimizer step, over all ranks and micro-batches; by
-    default those of this micro-batch. Sequences count where the configuration's output_router_logits adds the
-    balance of experts to the loss, as `seqloom.model.balance` has it; 0 leaves that out. chunk_tokens: tokens whose
-    logits exist at once. A rank without labels contributes exactly 0. Gradients of the shares sum (never average) over
-    ranks to the gradient of the mean: see `sum_gradients`. Raises ModelError for a total without sequences where both
-    count.
-    """
-    balanced = is_balanced(model) and sequences != 0
-    if balanced and total is not None and sequences is None:
-        raise ModelError(
-            "token_loss was given total= without sequences=, of which the loss of balanced experts is a mean; give the "
-            "sequences of the whole step, too."
-        )
-    balance = (sequences or local.sequences) if balanced else None
-    labels = local.label_count if total is None else total
-    return inside(model, _loss, model, local, shard, labels, balance, chunk_tokens)
-
-
-def _loss(
-    model: PreTrainedModel,
-    local: LocalBatch,
-    shard: SequenceShard,
-    total: int,
-    sequences: int | None,
-    chunk_tokens: int,
-) -> Tensor:
-    """What `token_loss` gives; sequences: those over which experts are balanced, None where they are not."""
-    found = model.base_model(**local.inputs, sequence=shard)
-    hidden = found.last_hidden_state
-    head = model.get_output_embeddings()
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if isinstance(head, ParallelLinear):
-        hidden, weight, bias, split = split_head(head, hidden)
-    else:
-        weight, bias, split = head.weight, head.bias, {}
-    summed = chunked_cross_entropy(
-        hidden, weight, bias, local.labels, chunk_tokens=chunk_tokens, softcap=softcap, **split
-    )
-    loss = summed / max(total, 1)
-    if sequences is not None:
-        loss = loss + balance_loss(model, found.router_logits, shard, sequences)
-    return loss

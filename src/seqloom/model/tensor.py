@@ -31,12 +31,13 @@ from seqloom.tensor import (
 )
 
 
-def split_model(model: PreTrainedModel, group: TensorGroup) -> None:
+def split_model(model: PreTrainedModel, group: TensorGroup, *, tied: bool | None = None) -> None:
     """Replace the modules of `model` by their parts of `group`'s grid; its weights are the same on all ranks.
 
+    tied: whether the head's weight is the embedding's, where a pipeline has put them on different stages.
     Raises ModelError for a module that cannot be split.
     """
-    _Splitting(model, group).run()
+    _Splitting(model, group).run(tied)
 
 
 class _Splitting:
@@ -51,10 +52,12 @@ class _Splitting:
         blocks = [block for block in self.base.modules() if is_experts(getattr(block, "experts", None))]
         self.routed = {module for block in blocks for module in block.children()}
 
-    def run(self) -> None:
+    def run(self, tied: bool | None) -> None:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        tied = head.weight is embedding.weight
-        self._put(embedding, self._embedding(embedding, tied))
+        ends = [any(True for _ in end.parameters()) for end in (embedding, head)]  # what this stage holds of the two
+        here = all(ends) and head.weight is embedding.weight
+        if ends[0]:
+            self._put(embedding, self._embedding(embedding, here if tied is None else tied))
         colwise: dict[str, list[ParallelLinear]] = {}
         for name, module in list(self.base.named_modules()):
             direction = self.table.linears.get(pattern(name))
@@ -67,7 +70,8 @@ class _Splitting:
                 self._put(module, self._positions(name, module))
         for name, linears in colwise.items():
             Siblings(self.base.get_submodule(name), linears)
-        self._head(head, tied)
+        if ends[1]:
+            self._head(head, here)
         self._sides(set(colwise))
         for name, module in list(self.base.named_modules()):
             if next(module.parameters(recurse=False), None) is not None and not _is_split(module):

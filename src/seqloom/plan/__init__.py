@@ -4,6 +4,7 @@ from seqloom.plan.dropout import without_dropout
 from seqloom.plan.every import every_plan
 from seqloom.plan.grid import Direction, Grid, Move, Moves, Side, chunks, input_stays
 from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest, unsplittable
+from seqloom.plan.pipeline import cut, layer_costs, micro_batches_needed, stage_rank, stages_of
 from seqloom.plan.plan import Plan
 from seqloom.plan.recompute import Unit, run_again, units
 from seqloom.plan.shape import ModelShape
@@ -24,16 +25,21 @@ __all__ = [
     "Unit",
     "check",
     "chunks",
+    "cut",
     "every_plan",
     "fit",
     "input_stays",
+    "layer_costs",
     "legal_plans",
+    "micro_batches_needed",
     "nearest",
     "read_config",
     "reasons",
     "row_shares",
     "run_again",
     "shortest",
+    "stage_rank",
+    "stages_of",
     "units",
     "unsplittable",
     "without_dropout",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from math import isqrt, log2
+from typing import Any
 
 from seqloom.errors import PlanError
 from seqloom.plan.experts import expert_reasons
@@ -20,12 +21,18 @@ _UNSPLIT = {"deepseek_v2": "latent attention", "deepseek_v3": "latent attention"
 
 
 def check(
-    plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
+    plan: Plan,
+    model: ModelShape,
+    num_tokens: int | None = None,
+    *,
+    world: int | None = None,
+    batch: int | None = None,
+    micro_batches: int | None = None,
 ) -> None:
     """Raise PlanError with every reason why `plan` cannot run, and the nearest plan that can.
 
     num_tokens: length of one global sequence, when known. world: number of processes there are, when known.
-    batch: rows of one global micro-batch, when known.
+    batch: rows of one global micro-batch, when known. micro_batches: of a step, when known.
 
     >>> from seqloom.plan import fit, read_config
     >>> tiny = ModelShape.from_config(fit(read_config("llama"), Plan(), 64, heads=12))
@@ -33,9 +40,9 @@ def check(
     Traceback (most recent call last):
     seqloom.errors.PlanError: ulysses=16 is more than the model's 12 query heads... Try ring=2 ulysses=8.
     """
-    found = reasons(plan, model, num_tokens, world=world, batch=batch)
+    found = reasons(plan, model, num_tokens, world=world, batch=batch, micro_batches=micro_batches)
     if found:
-        near = nearest(plan, model, num_tokens, world=world, batch=batch)
+        near = nearest(plan, model, num_tokens, world=world, batch=batch, micro_batches=micro_batches)
         if (
             near
             and near.world_size < (world or plan.world_size)
@@ -46,7 +53,13 @@ def check(
 
 
 def reasons(
-    plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
+    plan: Plan,
+    model: ModelShape,
+    num_tokens: int | None = None,
+    *,
+    world: int | None = None,
+    batch: int | None = None,
+    micro_batches: int | None = None,
 ) -> list[str]:
     """Every reason why `plan` cannot run this model at this length; empty when it is legal."""
     found = list(model.unsupported)
@@ -57,7 +70,7 @@ def reasons(
     found += _tensor_reasons(plan, model)
     found += _ulysses_reasons(plan, model)
     found += zero_reasons(plan)
-    found += pipeline_reasons(plan, model)
+    found += pipeline_reasons(plan, model, micro_batches)
     found += expert_reasons(plan, model)
     found += recompute_reasons(plan, model)
     if num_tokens is not None:
@@ -171,15 +184,25 @@ def _piece(plan: Plan) -> int:
 
 
 def legal_plans(
-    plan: Plan, model: ModelShape, num_tokens: int | None, *, world: int, batch: int | None = None
+    plan: Plan,
+    model: ModelShape,
+    num_tokens: int | None,
+    *,
+    world: int,
+    batch: int | None = None,
+    micro_batches: int | None = None,
 ) -> Iterator[Plan]:
     """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`.
 
-    Where it has a tensor axis, that too takes its own degree and others, down to 1: see `_tensors`. An
-    inner ring that does not divide another ring degree, or is all of it, is left out.
+    Where it has a tensor axis, that too takes its own degree and others, down to 1: see `_tensors`; and so does
+    the pipeline. An inner ring that does not divide another ring degree, or is all of it, is left out.
     """
-    for alone in _tensors(plan, model, world):
-        grid, left = alone.tensor_grid, world // alone.tensor
+    for alone in dict.fromkeys(
+        replace(tensor, **stages)
+        for tensor in _tensors(plan, model, world)
+        for stages in _pipelines(plan, world // tensor.tensor)
+    ):
+        grid, left = alone.tensor_grid, world // alone.tensor // alone.pipeline
         most = model.heads // grid.heads // alone.attention_ulysses
         for data in divisors(left):
             if batch is not None and batch % data:
@@ -192,8 +215,20 @@ def legal_plans(
                 inner, around = plan.inner_ring, candidate.attention_ring
                 if inner and around % inner == 0 and not around == inner < plan.attention_ring:
                     candidate = replace(candidate, inner_ring=inner)
-                if not reasons(candidate, model, num_tokens, world=world, batch=batch):
+                if not reasons(candidate, model, num_tokens, world=world, batch=batch, micro_batches=micro_batches):
                     yield candidate
+
+
+def _pipelines(plan: Plan, world: int) -> Iterator[dict[str, Any]]:
+    """What to try in place of the pipeline fields: as they are, of each degree that divides it plainer ones, none."""
+    plainer = dict.fromkeys((plan.schedule, Plan.schedule, "gpipe"))
+    for degree in reversed(divisors(plan.pipeline)):
+        if world % degree:
+            continue
+        if degree == plan.pipeline:
+            yield {}
+        for schedule in plainer if degree > 1 else (Plan.schedule,):
+            yield {"pipeline": degree, "schedule": schedule, "chunks": None, "stages": None}
 
 
 def _tensors(plan: Plan, model: ModelShape, world: int) -> Iterator[Plan]:
@@ -202,7 +237,7 @@ def _tensors(plan: Plan, model: ModelShape, world: int) -> Iterator[Plan]:
     Other degrees take an even grid of the kind asked for, the same degree any grid of that kind, and
     every degree a line of ranks.
     """
-    alone = replace(plan, data=1, pipeline=1, ring=1, ulysses=1, inner_ring=None)
+    alone = replace(plan, data=1, ring=1, ulysses=1, inner_ring=None)
     candidates = [alone]
     if plan.tensor > 1:
         line = replace(alone, tensor_kind="1d", depth=1, grid=None, tensor_tokens="ring")
@@ -231,7 +266,13 @@ def _grids(alone: Plan, degree: int) -> Iterator[Plan]:
 
 
 def nearest(
-    plan: Plan, model: ModelShape, num_tokens: int | None = None, *, world: int | None = None, batch: int | None = None
+    plan: Plan,
+    model: ModelShape,
+    num_tokens: int | None = None,
+    *,
+    world: int | None = None,
+    batch: int | None = None,
+    micro_batches: int | None = None,
 ) -> Plan | None:
     """The legal plan whose degrees are closest in ratio, or None.
 
@@ -246,7 +287,7 @@ def nearest(
 
     def distance(other: Plan) -> tuple[float, ...]:
         return (
-            apart(other, "ring", "ulysses", "tensor", "data"),
+            apart(other, "ring", "ulysses", "tensor", "data", "pipeline"),
             other.tensor_kind != plan.tensor_kind,
             abs(log2(other.tensor_grid.heads / heads)),
             apart(other, "data"),
@@ -257,7 +298,8 @@ def nearest(
         return None
     for size in reversed(divisors(world or plan.world_size)):
         for layout in dict.fromkeys([plan.layout, "contiguous"]):
-            legal = legal_plans(replace(plan, layout=layout), model, num_tokens, world=size, batch=batch)
+            asked = replace(plan, layout=layout)
+            legal = legal_plans(asked, model, num_tokens, world=size, batch=batch, micro_batches=micro_batches)
             if found := min(legal, key=distance, default=None):
                 return found
     return None

@@ -238,4 +238,4 @@ def _heads(plan: Plan, least: int, group: int) -> int:
 
 
 def _layers(least: int, plan: Plan, given: int | None) -> int:
-    return max(least, plan.pipeline) if given is None else given
+    return max(least, plan.num_stages) if given is None else given

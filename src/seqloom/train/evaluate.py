@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
 from seqloom.errors import DataError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import layer_windows, token_loss
+from seqloom.model import layer_windows, pipeline_loss, token_loss
 from seqloom.sequence import NO_LABEL, Batch, shard_batch
 from seqloom.train.packing import PackedText
 from seqloom.train.step import computing
@@ -42,6 +43,18 @@ def evaluate(
         with torch.no_grad():
             for batch in _batches(text, count, micro_batch):
                 mine, shard = shard_batch(batch, fabric, windows=windows)
+                if fabric.pipeline.size > 1:
+                    context = partial(computing, precision, fabric.device)
+                    share += pipeline_loss(
+                        model,
+                        [(mine, shard)],
+                        fabric,
+                        total=total,
+                        chunk_tokens=chunk_tokens,
+                        computing=context,
+                        backward=False,
+                    )
+                    continue
                 with computing(precision, fabric.device):
                     share += token_loss(model, mine, shard, total=total, sequences=0, chunk_tokens=chunk_tokens)
     finally:

@@ -71,7 +71,8 @@ def train(config: Config, resume: bool) -> Summary:
     weights, exact = weights_folder(config.model.path), config.train.precision == "float64"
     with Float64Islands() if exact else nullcontext():
         dtype = torch.float64 if exact else torch.float32
-        model = parallelize(build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed), fabric)
+        model = build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed)
+        model = parallelize(model, fabric, num_tokens=config.data.sequence_length)
         optimizer = _optimizer(model, config.train, fabric)
         run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0))
         if config.train.precision == "fp16":

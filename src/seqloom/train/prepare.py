@@ -41,7 +41,14 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
             f"{train.micro_batch} sequences for data={data}, which must divide them; "
             f"make train.batch a multiple of {train.accumulate * data}."
         )
-    check(config.plan, shape, config.data.sequence_length, world=world, batch=config.train.micro_batch)
+    check(
+        config.plan,
+        shape,
+        config.data.sequence_length,
+        world=world,
+        batch=train.micro_batch,
+        micro_batches=train.accumulate,
+    )
     probe(outline(config.model.settings()), config.plan)
     _find_text(config.data, "data")
     if config.eval is not None:

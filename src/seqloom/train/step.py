@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 
 import torch
@@ -17,6 +18,7 @@ from seqloom.model import (
     gradient,
     hand_over,
     layer_windows,
+    pipeline_loss,
     sum_gradients,
     token_loss,
 )
@@ -70,9 +72,15 @@ def compute_gradients(
     share = torch.zeros((), dtype=torch.float64, device=fabric.device)
     clear_gradients(model)
     windows = layer_windows(model)
-    for batch in micro_batches:
-        mine, shard = shard_batch(batch, fabric, windows=windows)
-        with computing(precision, fabric.device):
+    context = partial(computing, precision, fabric.device)
+    parts = (shard_batch(batch, fabric, windows=windows) for batch in micro_batches)
+    if fabric.pipeline.size > 1:
+        given = list(parts)
+        share += pipeline_loss(
+            model, given, fabric, total=total, chunk_tokens=chunk_tokens, computing=context, scale=loss_scale
+        )
+    for mine, shard in parts:
+        with context():
             loss = token_loss(model, mine, shard, total=total, sequences=sequences, chunk_tokens=chunk_tokens)
         (loss * loss_scale if loss_scale != 1 else loss).backward()
         share += loss.detach()

@@ -14,7 +14,7 @@ from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
 from seqloom.geometry import Mask
 from seqloom.model import build_model, outline, parallelize, probe, whole_tensors
-from seqloom.plan import ModelShape, Plan, check, without_dropout
+from seqloom.plan import ModelShape, Plan, check, micro_batches_needed, without_dropout
 from seqloom.sequence import Batch
 from seqloom.train import adamw, apply_gradients, compute_gradients
 from seqloom.verify.compare import MEASURES, Verdict, compare, number_error, tensor_errors
@@ -33,7 +33,8 @@ class Case:
 
     config: a Hugging Face configuration. weights: a folder with the model's weights, or None for
     random ones. num_tokens: length of a sequence. batch: rows of a micro-batch on each data rank.
-    accumulate: micro-batches a step. steps: optimizer steps (AdamW, clipped). documents: lengths
+    accumulate: micro-batches a step, at
+    least: see `micro_batches`. steps: optimizer steps (AdamW, clipped). documents: lengths
     packed into each row. rule: who sees whom inside a document, as `Batch.rule`; its `allowed` must
     be a module-level function, since it travels to processes. dtype: float64, float32 or bf16 (autocast).
     dropout: what every dropout of the model is set to, on both sides; the reference then drops what the
@@ -94,6 +95,11 @@ class Case:
         keys = sorted(said.partition("=")[0] for said in off)
         return tuple(key for key in keys if not ModelShape.from_config({**without, key: 0.5}).unsupported)
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step: `accumulate`, or more where the plan's schedule needs more."""
+        return micro_batches_needed(self.plan, self.accumulate)
+
     def batches(self) -> list[list[Batch]]:
         """For each step its global micro-batches of random tokens."""
         random = torch.Generator().manual_seed(self.seed)
@@ -106,10 +112,10 @@ class Case:
                     torch.randint(vocab, (rows, self.num_tokens), generator=random),
                     documents,
                     rule=self.rule,
-                    first_row=(step * self.accumulate + micro) * rows,
+                    first_row=(step * self.micro_batches + micro) * rows,
                     seed=self.seed,
                 )
-                for micro in range(self.accumulate)
+                for micro in range(self.micro_batches)
             ]
             for step in range(self.steps)
         ]
@@ -153,7 +159,7 @@ def _parting(case: Case, fabric: Fabric, run: Trajectory, reference: Trajectory)
     oracle = case.model().to(fabric.device) if fabric.rank == 0 else None
     if oracle is not None:
         oracle.set_attn_implementation("eager")  # as the reference ran
-    model = parallelize(case.model(), fabric)
+    model = parallelize(case.model(), fabric, num_tokens=case.num_tokens)
     found, order = first_parting(
         oracle, model, case.batches()[0][0], fabric, precision=case.dtype, tolerance=measure.tolerance
     )
@@ -186,7 +192,7 @@ def _reference(case: Case, fabric: Fabric) -> Trajectory:
 
 def _split(case: Case, fabric: Fabric) -> Trajectory:
     """The same steps under the plan, by the code that trains."""
-    model = parallelize(case.model(), fabric)
+    model = parallelize(case.model(), fabric, num_tokens=case.num_tokens)
     optimizer = _optimizer(model, case.dtype, fabric)
     run = Trajectory()
     for micro_batches in case.batches():
