@@ -1,5 +1,6 @@
 """Layers computed again in backward: the same numbers, attention's communication once, and the bytes that are kept."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +17,7 @@ from seqloom.fabric import Fabric
 from seqloom.model import parallelize, sum_gradients, token_loss, whole_tensors
 from seqloom.model import recompute as seam
 from seqloom.plan import Plan, fit, read_config
-from seqloom.sequence import shard_batch
+from seqloom.sequence import KeptResults, shard_batch
 from seqloom.verify import Case, verify_here
 from tensor.test_activations import HEADS, HIDDEN, KV_HEADS, ROWS, held, saved
 
@@ -103,10 +104,10 @@ def test_bf16(pool: Pool) -> None:
 
 
 def in_flight(text: str) -> list[Tensor]:
-    """Gradients of two micro-batches of other rows and documents, both forward before the first goes backward."""
+    """Gradients of two micro-batches of other lengths and rows, both forward before the first goes backward."""
     fabric = Fabric.build(Plan.parse(text))
     model = parallelize(build("llama"), fabric)
-    batches = [batch_of(1, [[7, 13, 28]]), batch_of(2, [[48], [20, 28]], first_row=1)]
+    batches = [batch_of(1, [[7, 13, 28]]), batch_of(2, [[37], [20, 17]], 37, first_row=1)]
     losses = [token_loss(model, *shard_batch(batch, fabric), total=100) for batch in batches]
     for loss in losses:
         loss.backward()
@@ -260,3 +261,23 @@ def test_another_plan(pool: Pool) -> None:
     """Catches recomputation that an earlier plan left behind."""
     _, expected, _ = pool.run(1, packed, "data=1")[0]
     assert all(torch.equal(x, y) for x, y in zip(pool.run(1, replanned)[0], expected, strict=True))
+
+
+def left_over() -> tuple[int, int]:
+    """Stores of attention that live before and after backward, without the collector of cycles."""
+    fabric = Fabric.build(Plan(recompute="selective"))
+    model = parallelize(build("llama"), fabric)
+    gc.collect()
+    gc.disable()
+    loss = token_loss(model, *shard_batch(batch_of(1), fabric))
+    before = sum(isinstance(x, KeptResults) for x in gc.get_objects())
+    loss.backward()
+    del loss
+    after = sum(isinstance(x, KeptResults) for x in gc.get_objects())
+    gc.enable()
+    return before, after
+
+
+def test_nothing_kept_outlives_backward(pool: Pool) -> None:
+    """Catches a kept output that holds the graph which holds it: memory would grow until cycles are looked for."""
+    assert pool.run(1, left_over) == [(2, 0)]
