@@ -327,7 +327,7 @@ def test_micro_batches_follow_from_their_size(write: Any) -> None:
     """Catches a count that does not follow from the size, or the size from the count, or one lost in writing."""
     for overrides in (["train.micro_batch=2"], ["train.accumulate=4"], ["train.accumulate=4", "train.micro_batch=2"]):
         config = load_config(write(MINIMAL), ["train.batch=8", "train.rampup=[4, 2, 9]", *overrides])
-        assert (config.train.accumulate, config.train.micro_batch, config.train.fewest_micro_batches) == (4, 2, 2)
+        assert (config.train.accumulate, config.train.micro_batch, config.train.micro_batches) == (4, 2, (2, 3, 4))
         assert load_config(write(config.model_dump(mode="json"))) == config
 
 

@@ -10,11 +10,13 @@ from transformers import AutoModelForCausalLM
 from pool import Pool
 from seqloom.errors import NumericsError
 from seqloom.fabric import Fabric
-from seqloom.model import build_model, parallelize
+from seqloom.model import Float64Islands, build_model, parallelize
 from seqloom.plan import Plan, read_config
 from seqloom.train import StepReport, compute_gradients
 from seqloom.train.checkpoint import newest, read_progress
+from seqloom.train.evaluate import evaluate
 from seqloom.train.finite import check_finite
+from seqloom.train.packing import PackedText
 from seqloom.train.scale import LossScale
 from train.runs import metrics, run_file, write_config
 from train.test_step import cut, whole_batch
@@ -52,6 +54,29 @@ def test_evaluation_is_the_same_under_every_plan(pool: Pool, tmp_path: Path) -> 
     assert len(alone) == 2 and alone[1] < alone[0]
     for plan in ("data=2", "ring=2", "tensor=2"):
         assert evaluation(pool, tmp_path, plan) == pytest.approx(alone, rel=1e-12, abs=0)
+
+
+def evaluated(plan: Plan) -> float:
+    """The loss of a fresh float64 model on a small text."""
+    with Float64Islands():
+        fabric = Fabric.build(plan)
+        model = parallelize(build_model(read_config("llama"), dtype=torch.float64, seed=3), fabric)
+        draw = torch.Generator().manual_seed(2)
+        documents = [torch.randint(0, 60, (length,), generator=draw).numpy() for length in (30, 90, 41)]
+        text = PackedText.pack(documents, end_id=63, sequence_length=32)
+        said: dict[str, Any] = {"sequences": None, "precision": "float64", "chunk_tokens": 16}
+        first = evaluate(model, text, fabric, micro_batch=2, **said)
+        assert model.training and evaluate(model, text, fabric, micro_batch=4, **said) == pytest.approx(
+            first, rel=1e-13
+        )
+        return first
+
+
+def test_evaluation_under_zero(pool: Pool) -> None:
+    """Catches shares taken for whole weights, and weights gathered for one evaluation that are stale in the next."""
+    [alone] = pool.run(1, evaluated, Plan())
+    for plan in ("data=2 zero=1", "data=2 zero=2", "ring=2 zero=3"):
+        assert pool.run(2, evaluated, Plan.parse(plan)) == pytest.approx([alone] * 2, rel=1e-12, abs=0)
 
 
 def test_evaluation_is_transformers_loss(pool: Pool, tmp_path: Path) -> None:
@@ -127,7 +152,7 @@ def poisoned(plan: Plan, name: str, rank: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=2", "tensor=2"])
+@pytest.mark.parametrize("plan", ["data=1", "data=2", "tensor=2", "data=2 zero=1", "ring=2 zero=3"])
 def test_what_is_not_finite_is_named(pool: Pool, plan: str) -> None:
     """Catches a name that only the rank with the bad part knows, and a later parameter in place of the first."""
     found = Plan.parse(plan)
@@ -137,3 +162,19 @@ def test_what_is_not_finite_is_named(pool: Pool, plan: str) -> None:
     assert said[0].startswith(
         f"At step 7 the loss is 2.0 and the gradient norm nan: the gradient of {name} is the first that is not finite. "
     )
+
+
+def test_a_run_stops_before_it_steps_on_what_is_not_finite(pool: Pool, tmp_path: Path) -> None:
+    """Catches a loop that does not ask, a line written for a step that was not taken, and ranks that differ."""
+    settings = read_config("llama") | {"vocab_size": 257}
+    model = build_model(settings)
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "bad")
+    path = write_config(tmp_path, steps=2)
+    with pytest.raises(
+        NumericsError, match="At step 1 the loss is nan and the gradient norm nan: the gradient of model"
+    ):
+        run_file(pool, path, f"model.path={tmp_path / 'bad'}")
+    assert metrics(tmp_path / "run") == []
+    assert newest(tmp_path / "run" / "checkpoints") is None

@@ -33,6 +33,11 @@ class Batches:
         """Sequences that the first `steps` steps take."""
         return self.at(steps)[0]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every size there is, smallest first."""
+        return (*(size for size, _ in self._stages()), self.batch)
+
     def _stages(self) -> list[tuple[int, int]]:
         """The sizes before the full one, and how many sequences have been consumed when each ends."""
         if self.rampup is None:

@@ -66,9 +66,9 @@ class TrainConfig(Section):
         return Batches(self.batch, self.rampup)
 
     @property
-    def fewest_micro_batches(self) -> int:
-        """Micro-batches of the smallest batch there is."""
-        return (self.rampup[0] if self.rampup else self.batch) // self.micro_batch
+    def micro_batches(self) -> tuple[int, ...]:
+        """How many micro-batches a step may have, fewest first: one number without ramp-up."""
+        return tuple(size // self.micro_batch for size in self.batches.sizes)
 
     @property
     def by_samples(self) -> bool:
