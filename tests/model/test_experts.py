@@ -1,16 +1,18 @@
 """Experts dealt to ranks, against the untouched model on one device, and what they send."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from model.dense import TOKENS, batch_of, build
+from close import assert_close
+from model.dense import TOKENS, batch_of, build, dense_loss, gradients
 from pool import Pool
 from seqloom.fabric import Fabric
 from seqloom.geometry import even_bounds
-from seqloom.model import parallelize, sum_gradients, token_loss
+from seqloom.model import build_model, parallelize, sum_gradients, token_loss, whole_tensors
 from seqloom.model.experts import expert_modules
 from seqloom.plan import ModelShape, Plan, fit, read_config
 from seqloom.planner import expert_bytes
@@ -67,7 +69,7 @@ def test_starved_experts(pool: Pool) -> None:
         "tensor=2 ring=3 exchange=gather",
         "tensor=3 ring=2 expert_tensor=3",
         "tensor=2 data=2 ulysses=2 expert=4 expert_tensor=2 layout=striped",
-        "tensor=2 ring=2 ulysses=2 expert=4 recompute=full activations=partitioned",
+        "tensor=2 ring=2 ulysses=2 expert=4 recompute=full",
     ],
 )
 def test_every_way_beside_tensor_ranks(pool: Pool, family: str, text: str) -> None:
@@ -150,3 +152,52 @@ def test_a_rank_holds_its_experts_alone(pool: Pool) -> None:
     assert [len(each) for each in shapes] == [4, 4, 4]
     shapes = pool.run(4, held, "ring=2 tensor=2 expert=2 expert_tensor=2")
     assert {shape for each in shapes for shape in each} == {(2, 24, 32), (2, 32, 24)}
+
+
+def saved(text: str, folder: str) -> None:
+    """The experts of a split model, saved by all ranks together."""
+    fabric = Fabric.build(Plan.parse(text))
+    model = parallelize(build("qwen3_moe"), fabric)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["ring=2 expert=2", "tensor=2 expert_tensor=2"])
+def test_saved_weights_are_whole(pool: Pool, tmp_path: Path, text: str) -> None:
+    """Catches a folder that holds one rank's experts, or halves of a packed weight end to end in another order."""
+    pool.run(2, saved, text, str(tmp_path))
+    loaded, expected = type(build("qwen3_moe")).from_pretrained(tmp_path), build("qwen3_moe")
+    for (name, ours), (_, theirs) in zip(loaded.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def biased(text: str) -> int:
+    """How many gradients are those of one device, where DeepSeek's choice of experts is biased by rank 0's buffer."""
+    fabric = Fabric.build(Plan.parse(text))
+    batch = batch_of(2)
+    with Float64Islands():
+        dense, model = build("deepseek_v3"), build("deepseek_v3")
+        bias = torch.linspace(-0.4, 0.4, 8, dtype=torch.float64)
+        for each, held in ((dense, bias), (model, bias * (fabric.rank == 0))):
+            each.model.layers[1].mlp.gate.e_score_correction_bias.copy_(held)
+        loss = dense_loss(dense, batch)
+        loss.backward()
+        model = parallelize(model, fabric)
+        local, shard = shard_batch(batch, fabric)
+        token_loss(model, local, shard).backward()
+        sum_gradients(model, fabric)
+    found, expected = whole_tensors(model, fabric, "gradient"), gradients(dense)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, tolerance=1e-11, ranks=fabric.world.size)
+    return len(expected)
+
+
+def test_the_bias_of_the_choice(pool: Pool) -> None:
+    """Catches a buffer left out where weights are made the same, or lost where experts are dealt out."""
+    assert min(pool.run(2, biased, "ring=2 expert=2")) > 20
+
+
+def test_buffers_that_stay_in_float32() -> None:
+    """Catches DeepSeek's biases rounded to the type of the weights, which would send tokens elsewhere."""
+    model = build_model(fit(read_config("deepseek_v3"), Plan(), TOKENS), dtype=torch.bfloat16)
+    gate = model.model.layers[1].mlp.gate
+    assert (gate.weight.dtype, gate.e_score_correction_bias.dtype) == (torch.bfloat16, torch.float32)

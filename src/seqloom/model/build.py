@@ -80,4 +80,14 @@ def _typed(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model in training, its weights in `dtype`."""
     if dtype == torch.float64 and hasattr(model.config, "num_experts_per_tok"):
         model.set_experts_implementation("eager")  # torch's grouped product, the default, has no float64
-    return model.to(dtype).train()
+    wide = {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in _float32(model)}
+    model.to(dtype)
+    for name, buffer in wide.items() if torch.finfo(dtype).bits < torch.finfo(torch.float32).bits else ():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, buffer)
+    return model.train()
+
+
+def _float32(model: PreTrainedModel) -> frozenset[str]:
+    """Names of buffers that the family keeps in float32 whatever the weights are, as DeepSeek's biases of choice."""
+    return frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
