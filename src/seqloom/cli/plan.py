@@ -96,6 +96,8 @@ def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> I
         f"{model.heads} query heads and {_spread(split.keys(m).size for split, m in dealt)} of {model.kv_heads} "
         "key/value heads in attention."
     )
+    if plan.pipeline > 1:
+        yield _stages(plan, model, num_tokens)
     if plan.tensor > 1:
         yield _grid(plan, model, _spread(outer), _spread(inner))
     if plan.attention_ring > 1:
@@ -115,6 +117,27 @@ def _kept(plan: "Plan", model: "ModelShape", layout: "Layout") -> str:
     return (
         f"Of a layer that is computed again (recompute={plan.recompute}) a process keeps in {where} at most "
         f"{found.input:,} bytes of input a sequence{beside}, in bf16 with a float32 residual stream."
+    )
+
+
+def _stages(plan: "Plan", model: "ModelShape", num_tokens: int) -> str:
+    """The layers of each stage, and how long the ranks wait for each other."""
+    from seqloom.plan import cut, micro_batches_needed, stages_of
+    from seqloom.planner import bubble_share
+
+    layers = cut(plan, model, num_tokens)
+    dealt = "; ".join(
+        f"rank {rank} " + " and ".join(str(layers[stage]) for stage in stages_of(plan, rank))
+        for rank in range(plan.pipeline)
+    )
+    least = micro_batches_needed(plan)
+    shares = ", ".join(
+        f"{bubble_share(plan, count):.1%} with {count}"
+        for count in sorted({micro_batches_needed(plan, factor * plan.pipeline) for factor in (1, 2, 4)})
+    )
+    return (
+        f"Pipeline {plan.schedule}, layers of each stage: {dealt}. A step has at least {least} "
+        f"micro-batch{'es' * (least > 1)}, of which ranks wait {shares}, where stages cost the same."
     )
 
 

@@ -1,5 +1,6 @@
 """What a plan costs, from formulas, and who holds what under it; no torch."""
 
+from seqloom.planner.bubble import bubble_share
 from seqloom.planner.expert_traffic import expert_bytes
 from seqloom.planner.kept import Kept, kept_bytes
 from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places, tokens_held
@@ -23,6 +24,7 @@ __all__ = [
     "all_reduce_bytes",
     "at_rest_bytes",
     "attention_bytes",
+    "bubble_share",
     "expert_bytes",
     "inner_spans",
     "kept_bytes",
