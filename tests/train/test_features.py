@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pool import Pool
-from seqloom.errors import NumericsError
+from seqloom.errors import NumericsError, PlanError
 from seqloom.fabric import Fabric
 from seqloom.model import Float64Islands, build_model, parallelize
 from seqloom.plan import Plan, read_config
-from seqloom.train import StepReport, compute_gradients
+from seqloom.train import StepReport, compute_gradients, load_config, prepare
 from seqloom.train.checkpoint import newest, read_progress
 from seqloom.train.evaluate import evaluate
 from seqloom.train.finite import check_finite
@@ -34,6 +34,15 @@ def test_ramp_up_and_its_resumption(pool: Pool, tmp_path: Path) -> None:
     tokens = [line["label_tokens"] // 60 for line in metrics(whole)]
     assert tokens == [2, 2, 4, 6, 6]
     assert metrics(parts) == metrics(whole)
+
+
+def test_a_ramp_up_that_a_pipeline_cannot_order_is_refused(tmp_path: Path) -> None:
+    """Catches a plan checked against the full batch alone, whose first steps have too few micro-batches."""
+    path = write_config(tmp_path, accumulate=None)
+    told = ["plan=pipeline=2", "train.micro_batch=1", "train.batch=4"]
+    prepare(load_config(path, told), resume=False)
+    with pytest.raises(PlanError, match="A step of 1 micro-batch cannot be ordered by schedule=1f1b over pipeline=2"):
+        prepare(load_config(path, [*told, "train.rampup=[1, 1, 9]"]), resume=False)
 
 
 EVALUATED = ["train.precision=float64", "train.batch=4", "train.steps=2", "eval.every=1", "eval.sequences=5"]
@@ -72,10 +81,10 @@ def evaluated(plan: Plan) -> float:
         return first
 
 
-def test_evaluation_under_zero(pool: Pool) -> None:
-    """Catches shares taken for whole weights, and weights gathered for one evaluation that are stale in the next."""
+def test_evaluation_under_zero_and_pipelines(pool: Pool) -> None:
+    """Catches a loss that the last stage alone knows, shares taken for whole weights, and weights gathered once."""
     [alone] = pool.run(1, evaluated, Plan())
-    for plan in ("data=2 zero=1", "data=2 zero=2", "ring=2 zero=3"):
+    for plan in ("data=2 zero=1", "data=2 zero=2", "ring=2 zero=3", "pipeline=2"):
         assert pool.run(2, evaluated, Plan.parse(plan)) == pytest.approx([alone] * 2, rel=1e-12, abs=0)
 
 
@@ -152,7 +161,7 @@ def poisoned(plan: Plan, name: str, rank: int) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("plan", ["data=1", "data=2", "tensor=2", "data=2 zero=1", "ring=2 zero=3"])
+@pytest.mark.parametrize("plan", ["data=1", "data=2", "tensor=2", "data=2 zero=1", "ring=2 zero=3", "pipeline=2"])
 def test_what_is_not_finite_is_named(pool: Pool, plan: str) -> None:
     """Catches a name that only the rank with the bad part knows, and a later parameter in place of the first."""
     found = Plan.parse(plan)

@@ -41,14 +41,9 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
             f"{train.micro_batch} sequences for data={data}, which must divide them; "
             f"make train.batch a multiple of {train.accumulate * data}."
         )
-    check(
-        config.plan,
-        shape,
-        config.data.sequence_length,
-        world=world,
-        batch=train.micro_batch,
-        micro_batches=train.accumulate,
-    )
+    for number in train.micro_batches:  # several while the batch ramps up
+        length = config.data.sequence_length
+        check(config.plan, shape, length, world=world, batch=train.micro_batch, micro_batches=number)
     probe(outline(config.model.settings()), config.plan)
     _find_text(config.data, "data")
     if config.eval is not None:
