@@ -23,6 +23,9 @@ PAIRS = [
     ("llama", "data=2 ulysses=2", "tensor=8 tensor_kind=3d"),
     ("llama", "data=2 zero=1 ring=2", "zero=3 ring=2 tensor=2"),
     ("mixtral", "ring=2 expert=2", "data=2 zero=2 ulysses=2 expert=4"),
+    ("llama", "pipeline=2 schedule=zbv data=2", "ring=2 ulysses=2 zero=2"),
+    ("gpt2", "zero=2 data=2", "pipeline=2 data=2"),  # a tied head on the last stage
+    ("llama", "pipeline=2 tensor=2 zero=1 data=2", "tensor=4 tensor_kind=2d zero=3 ring=2"),
     ("qwen3", "tensor=3 sequence_parallel=false", "data=2 tensor=2 ulysses=2"),
 ]
 DAILY = 2

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from seqloom import __version__
+from seqloom.cli.export import export
 from seqloom.cli.plan import plan
 from seqloom.cli.report import report
 from seqloom.cli.train import REFUSED, train
@@ -14,7 +15,7 @@ from seqloom.cli.verify import verify
 from seqloom.errors import SeqloomError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-for command in (train, verify, plan, report):
+for command in (train, verify, plan, report, export):
     app.command()(command)
 
 

@@ -12,7 +12,7 @@ from seqloom.model.gradients import (
 from seqloom.model.lift import Float64Islands
 from seqloom.model.loss import token_loss
 from seqloom.model.parallelize import layer_windows, parallelize
-from seqloom.model.pieces import Piece, count_copies, pieces
+from seqloom.model.pieces import Piece, count_copies, pieces, tied_names
 from seqloom.model.pipeline import pipeline_loss
 from seqloom.model.probe import probe
 from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
@@ -45,6 +45,7 @@ __all__ = [
     "sharded_units",
     "shared_over",
     "sum_gradients",
+    "tied_names",
     "token_loss",
     "weights_folder",
     "whole_tensors",

@@ -1,6 +1,7 @@
 """Training: text, steps, checkpoints and the loop."""
 
 from seqloom.train.config import Config
+from seqloom.train.export import export
 from seqloom.train.loop import Summary, train
 from seqloom.train.optimizer import PlannedAdamW, Stepped, adamw
 from seqloom.train.prepare import prepare
@@ -17,6 +18,7 @@ __all__ = [
     "apply_gradients",
     "compute_gradients",
     "computing",
+    "export",
     "load_config",
     "prepare",
     "train",

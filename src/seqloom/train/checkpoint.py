@@ -9,6 +9,7 @@ reads what it holds; the files know the whole shapes, and under the same plan a 
 import json
 import re
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,9 @@ def written_entries(path: Path) -> dict[str, Entry]:
 def read(path: Path, state: dict[str, Boxes], *, alone: bool = False) -> None:
     """Fill boxes from a checkpoint; every rank calls it together, unless this process is `alone`."""
     try:
-        checkpoint.load(state, checkpoint_id=path, planner=LoadPlanner(), no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process, as was asked
+            checkpoint.load(state, checkpoint_id=path, planner=LoadPlanner(), no_dist=alone)
     except CheckpointException as error:
         raise CheckpointError(f"{path} cannot be read ({_first_failure(error)}); {_ADVICE}.") from error
 

@@ -1,0 +1,69 @@
+"""A checkpoint as ordinary weights, in one process, whatever plan and however many ranks wrote it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seqloom.errors import CheckpointError, SeqloomError
+from seqloom.model import build_model, tied_names, without_progress_bars
+from seqloom.train.boxes import whole
+from seqloom.train.checkpoint import best, newest, read, read_progress, written_entries
+from seqloom.train.prepare import CHECKPOINTS
+from seqloom.train.state import MODEL
+from seqloom.train.tokenizer import load_tokenizer
+
+
+def export(source: Path, out: Path, *, marked: bool = False) -> tuple[int, tuple[str, ...]]:
+    """Write the weights of a checkpoint as `save_pretrained` does: config.json, safetensors and the tokenizer.
+
+    source: a checkpoint, or the folder of a run, of which the newest one is taken. out: a folder that is empty or not
+    there. marked: of a run take the checkpoint that evaluation marked as the best. Returns its step, and
+    notes for the user. Raises CheckpointError.
+    """
+    path = _chosen(source, marked)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already and would be mixed with what is written; name an empty folder.")
+    progress = read_progress(path, contents=True)
+    written = {
+        name.removeprefix(MODEL): entry for name, entry in written_entries(path).items() if name.startswith(MODEL)
+    }
+    state: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in written.items()}
+    read(path, {f"{MODEL}{name}": whole(tensor) for name, tensor in state.items()}, alone=True)
+    # Weights that are tied stand in the checkpoint once, and the model knows which.
+    model = build_model(progress.config["model"], dtype=next(iter(state.values())).dtype)
+    state |= {name: state[first] for name, first in tied_names(model).items()}
+    missing = sorted(model.state_dict().keys() ^ state.keys())
+    if missing:
+        raise CheckpointError(
+            f"{path} is of another model than its settings say: {missing[0]} is in one of them alone "
+            f"({len(missing)} in all); export it with the versions that wrote it."
+        )
+    model.load_state_dict(state)
+    with without_progress_bars():
+        model.save_pretrained(out)
+    return progress.step, _save_tokenizer(progress.config["data"]["tokenizer"], model.config.vocab_size, out)
+
+
+def _chosen(source: Path, marked: bool) -> Path:
+    if (source / ".metadata").exists() or not (source / CHECKPOINTS).is_dir():
+        if not source.is_dir():
+            raise CheckpointError(f"There is no folder {source}; name a checkpoint, or the folder of a run.")
+        if marked:
+            raise CheckpointError(
+                f"{source} is no folder of a run, whose best checkpoint could be chosen; leave it out."
+            )
+        return source
+    path = best(source / CHECKPOINTS) if marked else newest(source / CHECKPOINTS)
+    if path is None:
+        what = "none that an evaluation marked as the best" if marked else "no checkpoint"
+        raise CheckpointError(f"{source} holds {what}; name a checkpoint, or another run.")
+    return path
+
+
+def _save_tokenizer(name: str, vocab: int, out: Path) -> tuple[str, ...]:
+    try:
+        load_tokenizer(name, model_vocab=vocab).save(out)
+    except SeqloomError as error:
+        return (f"The tokenizer was not written beside the weights: {error}",)
+    return ()
