@@ -11,7 +11,7 @@ from statistics import median
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from seqloom.geometry import Layout, Mask, total
-from seqloom.plan import Plan, chunks, run_again
+from seqloom.plan import Plan, cut, run_again
 from seqloom.planner import all_reduce_bytes, attention_bytes, tensor_bytes
 from seqloom.report import figures
 from seqloom.report.record import Folder, Run, Step, read_folder
@@ -287,7 +287,7 @@ def traffic(folder: Folder) -> tuple[Traffic, ...]:
     known: dict[str, tuple[int, str, int | None]] = {}
     outer, inner = plan.rings
     degrees = {"ring": outer * inner, "outer_ring": outer, "inner_ring": inner, "ulysses": plan.attention_ulysses}
-    _, again = run_again(plan, chunks(shape.layers, plan.num_stages))
+    _, again = run_again(plan, cut(plan, shape, run.num_tokens))
     for axis, passes in layer.items():
         forward, backward = passes["forward"], passes["backward"]
         how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward)" + _repeated(again)
@@ -313,7 +313,7 @@ def _tensor_axes(folder: Folder, item: int, each: str) -> dict[str, tuple[int, s
     rows = max(1, run.batch // plan.data)
     found: dict[str, tuple[int, str, int | None]] = {}
     for axis, passes in tensor_bytes(plan, folder.shape, run.num_tokens, sequences=rows, item_bytes=item).items():
-        again, _ = run_again(plan, chunks(folder.shape.layers, plan.num_stages))
+        again, _ = run_again(plan, cut(plan, folder.shape, run.num_tokens))
         forward, backward = passes["forward"], passes["backward"]
         how = f"{each} x ({said_bytes(forward)} forward + {said_bytes(backward)} backward){_repeated(again)} in linears"
         others = ", and the embedding's, the head's, the norms' and shared gradients"
