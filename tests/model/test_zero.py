@@ -88,3 +88,12 @@ def test_bf16(pool: Pool, text: str) -> None:
 def test_experts(pool: Pool, text: str) -> None:
     """Catches experts shared out over ranks that hold others, or summed over those that share them."""
     equal(pool, "mixtral", text, {})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["pipeline=2 data=2 zero=3", "pipeline=2 ring=2 zero=2 schedule=gpipe recompute=full", "pipeline=2 data=2 zero=1"],
+)
+def test_stages(pool: Pool, text: str) -> None:
+    """Catches shares freed while other micro-batches wait for backward, and ends of a tied weight that part."""
+    equal(pool, "llama", text, {"tie_word_embeddings": True})

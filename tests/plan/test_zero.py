@@ -1,5 +1,7 @@
 """Which ZeRO stages go with which replicas, and who holds which rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -28,6 +30,13 @@ def test_a_refusal_names_fact_limit_and_way_out(text: str) -> None:
     assert all(words in reason for words in REFUSALS[text]), reason
 
 
+def test_stages_of_one_rank_are_not_shared_out() -> None:
+    """Catches several stages of a rank under FSDP2, which would find each other's parameters freed."""
+    deep = replace(TINY, layers=4)
+    (reason,) = reasons(Plan.parse("data=2 pipeline=2 schedule=interleaved zero=3"), deep)
+    assert "zero=3" in reason and "schedule=interleaved" in reason and "use zero=1" in reason
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -36,6 +45,7 @@ def test_a_refusal_names_fact_limit_and_way_out(text: str) -> None:
         "ulysses=2 zero=3 offload=true",
         "data=2 ring=2 zero=1 zero_replicas=2",
         "tensor=4 tensor_kind=2d data=2 zero=3",
+        "pipeline=2 data=2 zero=3",
         "data=6 zero=2 zero_replicas=3 offload=true",
     ],
 )

@@ -19,7 +19,7 @@ from seqloom.model.recompute import recompute
 from seqloom.model.tensor import split_model
 from seqloom.model.whole import install_save
 from seqloom.model.zero import shard as share_out
-from seqloom.plan import ModelShape, Unit, check, cut, stages_of, units
+from seqloom.plan import ModelShape, check, cut, stages_of, units
 from seqloom.sequence import SequenceShard
 from seqloom.tensor import ParallelDropout, TensorGroup
 
@@ -86,13 +86,16 @@ def parallelize(model: PreTrainedModel, fabric: Fabric, *, num_tokens: int | Non
 
 def _keep_less(model: PreTrainedModel, fabric: Fabric, group: TensorGroup) -> None:
     """Have backward compute layers again, stage by stage, and share parameters out, as the plan says."""
-    again: tuple[Unit, ...] = ()
+    shared: list[nn.Module] = []
+    together: list[range] = []
     for stage in stages_of(fabric.plan, fabric.pipeline.rank):
         held = stage_layers(model, stage)
         again = units(fabric.plan, stage, len(held))
         recompute(held, again, group, fabric.plan.activations)
+        together += [range(len(shared) + unit.start, len(shared) + unit.stop) for unit in again]
+        shared += held
     if fabric.plan.zero >= 2:
-        share_out(model, layers(model), fabric, [range(unit.start, unit.stop) for unit in again])
+        share_out(model, shared, fabric, together)
 
 
 def _share_weights(model: PreTrainedModel, fabric: Fabric) -> None:

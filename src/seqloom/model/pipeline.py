@@ -22,6 +22,7 @@ from seqloom.fabric import Fabric
 from seqloom.fabric.pipeline import run_stages
 from seqloom.model.families import layers
 from seqloom.model.loss import base_outputs, head_loss
+from seqloom.model.zero import inside
 from seqloom.plan import Plan, chunks, stages_of
 from seqloom.sequence import LocalBatch, SequenceShard
 
@@ -175,6 +176,11 @@ class _Stage(nn.Module):
         self.passed, self.width, self.computing, self.loss = passed, width, computing, loss
 
     def forward(self, *received: Tensor, micro: Tensor) -> Tensor:
+        """The hidden states of micro-batch number `micro`, flat, or its loss."""
+        result: Tensor = inside(self.part, self._forward, *received, micro=micro)
+        return result
+
+    def _forward(self, *received: Tensor, micro: Tensor) -> Tensor:
         local, shard = self.given[int(micro)]
         shape = (*local.input_ids.shape, self.width)
         embedded = None if self.first else received[0][: prod(shape)].view(shape)

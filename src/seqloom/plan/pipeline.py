@@ -97,8 +97,11 @@ def pipeline_reasons(plan: Plan, model: ModelShape, micro_batches: int | None = 
         if plan.schedule != "1f1b" or plan.chunks or plan.stages:
             yield "schedule, chunks and stages are for pipeline above 1; leave them out."
         return
-    if plan.zero >= 2:
-        yield f"zero={plan.zero} with pipeline={plan.pipeline} is not supported yet; use zero=1, or pipeline=1."
+    if plan.zero >= 2 and plan.num_stages > plan.pipeline:
+        yield (
+            f"zero={plan.zero} with several stages on a pipeline rank (schedule={plan.schedule}) is not supported yet; "
+            "use zero=1, or schedule=1f1b or gpipe."
+        )
     if model.balanced:
         yield (
             f"output_router_logits=true adds the balance of experts over all layers to the loss, which pipeline="
