@@ -27,10 +27,11 @@ def commands() -> dict[str, click.Command]:
 FLAGS = {
     "": "--debug --version",
     "train": "config overrides --resume",
+    "export": "source out --best",
     "verify": "--plan --model --seq-len --heads --kv-heads --layers --batch --documents --full --window --prefix "
     "--steps --accumulate --dtype --dropout --json",
     "plan": "--check --model --seq-len --world --heads --kv-heads --layers --documents --full --window --prefix "
-    "--table",
+    "--list --table",
     "report": "folder",
 }
 
