@@ -46,6 +46,7 @@ def verified(family: str, text: str, num_tokens: int = TOKENS, changes: dict[str
         ("qwen3_moe", "tensor=2 ring=2 expert=4"),
         ("mixtral", "tensor=2"),
         ("mixtral", "tensor=2 ring=2 expert=2 expert_tensor=2"),
+        ("qwen3_moe", "pipeline=2 ulysses=2 expert=2"),
     ],
 )
 def test_a_plan_equals_one_device(pool: Pool, family: str, text: str) -> None:
@@ -88,6 +89,9 @@ def test_every_way_beside_tensor_ranks(pool: Pool, family: str, text: str) -> No
         "ring=2 ulysses=2 data=2 expert=4 exchange=needed",
         "ring=6 expert=3 layout=balanced",
         "ulysses=4 data=2 expert=8",
+        "data=2 ring=2 expert=2 zero=3",
+        "data=2 ring=2 expert=4 zero=1 recompute=selective",
+        "pipeline=2 data=2 ring=2 expert=4",
     ],
 )
 def test_every_way_to_deal_them(pool: Pool, family: str, text: str) -> None:
