@@ -71,9 +71,11 @@ WIDE: dict[str, tuple[str, ...]] = {
 
 
 def hold(pool: Pool, text: str, families: tuple[str, ...]) -> None:
-    """Biases of LayerNorm models have gradients of which rounding takes more, recomputed or not."""
+    """Biases of LayerNorm models, and soft caps, leave gradients of which rounding takes more, recomputed or not."""
     for found in pool.run(Plan.parse(text).world_size, errors, text, families, {"accumulate": 2}, timeout_seconds=200):
-        assert all(error < (1e-11 if family in ("bloom", "gpt2") else 1e-12) for family, error in found), found
+        assert all(error < (1e-11 if family in ("bloom", "gemma2", "gpt2") else 1e-12) for family, error in found), (
+            found
+        )
 
 
 @pytest.mark.parametrize("text", CASES)
@@ -266,18 +268,23 @@ def test_another_plan(pool: Pool) -> None:
 
 
 def left_over() -> tuple[int, int]:
-    """Stores of attention that live before and after backward, without the collector of cycles."""
+    """Stores of attention that a pass makes, and of these that live after backward, without the collector of cycles."""
+
+    def stores() -> int:
+        return sum(type(x) is KeptResults for x in gc.get_objects())
+
     fabric = Fabric.build(Plan(recompute="selective"))
     model = parallelize(build("llama"), fabric)
     gc.collect()
+    others = stores()
     gc.disable()
     loss = token_loss(model, *shard_batch(batch_of(1), fabric))
-    before = sum(isinstance(x, KeptResults) for x in gc.get_objects())
+    made = stores() - others
     loss.backward()
     del loss
-    after = sum(isinstance(x, KeptResults) for x in gc.get_objects())
+    left = stores() - others
     gc.enable()
-    return before, after
+    return made, left
 
 
 def test_nothing_kept_outlives_backward(pool: Pool) -> None:
