@@ -102,8 +102,7 @@ def rank_bytes(text: str, tokens: int, hidden: int, layers: int) -> dict[str, in
     """What one rank holds: after backward, at most in a step, and its weights, gradients and moments by the formula."""
     torch.set_num_threads(1)
     gc.collect()
-    counter = TensorBytes()
-    before = counter.now()  # of whoever ran in this process
+    before = TensorBytes().now()  # of whoever ran in this process
     fabric = Fabric.build(Plan.parse(text))
     num_tokens = tokens * fabric.plan.replicas
     settings = fit(read_config("llama"), Plan(), num_tokens)
@@ -115,8 +114,10 @@ def rank_bytes(text: str, tokens: int, hidden: int, layers: int) -> dict[str, in
     optimizer = adamw(model, fabric, learning_rate=1e-3, weight_decay=0.1)
     random = torch.Generator().manual_seed(0)
     batch = Batch.from_tokens(torch.randint(512, (1, num_tokens), generator=random), None)
-    rest = 0
+    rest, counter = 0, TensorBytes()
     for counted in (False, True):  # the first step makes the moments
+        gc.collect()
+        counter = TensorBytes()  # anew, to see the moments too
         with counter if counted else nullcontext():
             report = compute_gradients(model, [batch], fabric, precision="float32", chunk_tokens=64)
         rest = TensorBytes().now() - before

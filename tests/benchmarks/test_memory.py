@@ -14,6 +14,7 @@ def test_bytes_stay_flat_as_sequence_ranks_grow(pool: Pool) -> None:
     found = {text: pool.run(world, rank_bytes, text, TOKENS, HIDDEN, 1) for text, world in plans.items()}
     for text, rows in found.items():
         assert all(abs(row["rest_bytes"] / row["formula_bytes"] - 1) < 0.01 for row in rows), text
+        assert all(row["most_bytes"] > row["rest_bytes"] for row in rows), text
     most = {text: max(row["most_bytes"] for row in rows) for text, rows in found.items()}
     assert abs(most["ring=2 ulysses=2"] / most["ring=2"] - 1) < 0.01
     assert most["zero=3 ring=2 ulysses=2"] < 0.9 * most["zero=3 ring=2"] < 0.9 * most["ring=2"]
