@@ -219,7 +219,7 @@ def test_missing_and_unreadable_files(write: Any, tmp_path: Path) -> None:
         ("train: [1, 2\nplan: x", "line 2"),
         ("a: !!python/object/apply:os.getcwd []", "is not readable as YAML: "),
         ("train: {steps: 1, steps: 2}", "'steps' is said twice at line 1"),
-        ("- 1\n- 2", "holds a list; a configuration has sections: plan, model, data, train, eval, run."),
+        ("- 1\n- 2", "holds a list; a configuration has sections: plan, model, data, train, eval, run, curriculum."),
         ("just words", "holds a string; a configuration has sections"),
         ("", "holds nothing; a configuration has sections"),
     ],

@@ -20,7 +20,7 @@ def train(
 
     Starts its own processes on this machine, or joins those of torchrun or Slurm's srun. Ctrl-C saves and leaves.
     """
-    from seqloom.train import load_config, prepare
+    from seqloom.train import load_config, prepare, remaining, steps_taken
     from seqloom.train import train as run
 
     settings = load_config(config, overrides or [])
@@ -39,12 +39,20 @@ def train(
         typer.echo(note)
     if speaks():
         typer.echo(f"Reading the text and starting '{settings.plan}' ...")
-    if world is not None:
-        with distributed(settings.run.timeout_seconds):
-            summary = run(settings, resume)
-    else:
-        timeout = settings.run.timeout_seconds
-        summary = run_local(settings.plan.world_size, run, settings, resume, timeout_seconds=timeout)[0]
+    timeout = settings.run.timeout_seconds
+    for stretch in remaining(settings, steps_taken(settings) if resume else 0):
+        if settings.curriculum and speaks():
+            length = stretch.config.data.sequence_length
+            typer.echo(f"Until step {stretch.until}: '{stretch.config.plan}', sequences of {length:,} tokens.")
+        if world is not None:
+            with distributed(timeout):
+                summary = run(settings, resume, stretch)
+        else:
+            processes = stretch.config.plan.world_size
+            summary = run_local(processes, run, settings, resume, stretch, timeout_seconds=timeout)[0]
+        resume = True  # each phase goes on from the checkpoint at the end of the one before
+        if summary.stopped:
+            break
     if not speaks():
         return
     if summary.stopped and summary.step == 0:

@@ -1,10 +1,11 @@
 """Training: text, steps, checkpoints and the loop."""
 
 from seqloom.train.config import Config
+from seqloom.train.curriculum import Stretch, remaining
 from seqloom.train.export import export
 from seqloom.train.loop import Summary, train
 from seqloom.train.optimizer import PlannedAdamW, Stepped, adamw
-from seqloom.train.prepare import prepare
+from seqloom.train.prepare import prepare, steps_taken
 from seqloom.train.reading import load_config
 from seqloom.train.step import StepReport, apply_gradients, compute_gradients, computing
 
@@ -13,6 +14,7 @@ __all__ = [
     "PlannedAdamW",
     "StepReport",
     "Stepped",
+    "Stretch",
     "Summary",
     "adamw",
     "apply_gradients",
@@ -21,5 +23,7 @@ __all__ = [
     "export",
     "load_config",
     "prepare",
+    "remaining",
+    "steps_taken",
     "train",
 ]

@@ -131,11 +131,29 @@ class RunConfig(Section):
     timeout_seconds: Seconds = 300.0
 
 
+class Phase(Section):
+    """A part of a curriculum: what is not said is the run's.
+
+    until_step: the step at whose end the phase is over.
+    plan: of the phase, in place of the run's.
+    sequence_length: in place of `data.sequence_length`; each phase reads the text from its beginning, cut anew.
+    batch: in place of `train.batch`.
+    accumulate: in place of `train.accumulate`.
+    """
+
+    until_step: Count
+    plan: PlanText | None = None
+    sequence_length: Count | None = None
+    batch: Count | None = None
+    accumulate: Count | None = None
+
+
 class Config(Section):
     """Everything a training run is told.
 
     plan: how it is split over processes, as `Plan` prints; nothing said is one process. With
         train.gradient_checkpointing it has recompute=full.
+    curriculum: phases of the run, one after the other; the last ends at train.steps.
     """
 
     plan: PlanText = Plan()
@@ -144,6 +162,31 @@ class Config(Section):
     train: TrainConfig
     eval: EvalConfig | None = None
     run: RunConfig = RunConfig()
+    curriculum: Annotated[tuple[Phase, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> "Config":
+        if not self.curriculum:
+            return self
+        ends, train = [phase.until_step for phase in self.curriculum], self.train
+        if ends != sorted(set(ends)) or ends[-1] != train.steps:
+            raise ValueError(
+                f"curriculum has phases until the steps {', '.join(map(str, ends))}; they must rise and end at "
+                f"train.steps={train.steps}."
+            )
+        if train.rampup is not None or train.by_samples:
+            raise ValueError(
+                "curriculum sets each phase's batch, beside which train.rampup and schedules by samples are not "
+                "supported; leave them out."
+            )
+        for phase in self.curriculum:
+            batch, parts = phase.batch or train.batch, phase.accumulate or train.accumulate
+            if batch % parts:
+                raise ValueError(
+                    f"curriculum has a phase of batch={batch}, which accumulate={parts} does not divide; give the "
+                    "phase its own."
+                )
+        return self
 
     @model_validator(mode="after")
     def _recomputing(self) -> "Config":

@@ -25,6 +25,7 @@ from seqloom.model import (
 from seqloom.sequence import Batch
 from seqloom.train.checkpoint import Progress, load, newest, read_progress
 from seqloom.train.config import Config, EvalConfig, RunConfig
+from seqloom.train.curriculum import Stretch, stretches
 from seqloom.train.data import load_text
 from seqloom.train.evaluate import evaluate
 from seqloom.train.finite import check_finite
@@ -61,8 +62,13 @@ class Summary:
     folder: Path
 
 
-def train(config: Config, resume: bool) -> Summary:
-    """Run training; every rank calls it inside `distributed`, after `prepare` has passed in their launcher."""
+def train(config: Config, resume: bool, stretch: Stretch | None = None) -> Summary:
+    """Run training; every rank calls it inside `distributed`, after `prepare` has passed in their launcher.
+
+    stretch: which of the run's `stretches` to train; it is the first by default.
+    """
+    whole, stretch = config, stretch or stretches(config)[0]
+    config = stretch.config
     fabric = Fabric.build(config.plan)
     settings = config.model.settings()
     tokenizer = load_tokenizer(config.data.tokenizer, model_vocab=settings["vocab_size"])
@@ -74,7 +80,7 @@ def train(config: Config, resume: bool) -> Summary:
         model = build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed)
         model = parallelize(model, fabric, num_tokens=config.data.sequence_length)
         optimizer = _optimizer(model, config.train, fabric)
-        run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0))
+        run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0), whole, stretch)
         if config.train.precision == "fp16":
             run.scale = LossScale(config.train.initial_loss_scale)
         progress = _restore(config, text, model, optimizer, fabric) if resume else None
@@ -96,6 +102,8 @@ class _Run:
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     scale: LossScale
+    whole: Config
+    stretch: Stretch
     best_loss: float | None = None
     best_step: int = 0
 
@@ -121,7 +129,7 @@ class _Run:
                 stack.callback(metrics.close)
             saves = stack.enter_context(self._saves(stack))
             stopped = stop.agreed(self.fabric)
-            while step < train.steps and not stopped:
+            while step < self.stretch.until and not stopped:
                 line = self._step(step)
                 step = line.step
                 if self._due(step, self.config.eval) or (self.held_out is not None and step == train.steps):
@@ -132,7 +140,7 @@ class _Run:
                     display.show(line)
                 stopped = stop.agreed(self.fabric)
                 best = self.best_loss is not None and self.best_step == step
-                if best or stopped or step == train.steps or self._due(step, self.config.run):
+                if best or stopped or step == self.stretch.until or self._due(step, self.config.run):
                     saves.save(self._progress(step), self.model, self.optimizer, best=best)
                 saves.check()
         if step == train.steps and (leader or hasattr(self.model, "_split_by")):  # parts are gathered by all
@@ -143,7 +151,13 @@ class _Run:
         recent = losses[-RECENT:]
         loss = sum(recent) / len(recent) if recent else None
         return Summary(
-            step, train.steps, loss, len(recent), self.text.unigram_entropy, stopped and step < train.steps, folder
+            step,
+            train.steps,
+            loss,
+            len(recent),
+            self.text.unigram_entropy,
+            stopped and step < self.stretch.until,
+            folder,
         )
 
     def _due(self, step: int, section: RunConfig | EvalConfig | None) -> bool:
@@ -205,11 +219,11 @@ class _Run:
     def _batches(self, step: int) -> list[Batch]:
         """The global micro-batches of a step; they depend on the data order and the step alone."""
         train, seed = self.config.train, self.config.data.seed
-        first, size = train.batches.at(step)
+        first, size = train.batches.at(step - self.stretch.start)
         numbers = order(seed, self.text.num_sequences, first, size)
         # Dropout draws by a row's place in the order of data, which no plan changes.
         return [
-            replace(self.text.batch(part), first_row=first + micro * train.micro_batch, seed=seed)
+            replace(self.text.batch(part), first_row=self.stretch.rows + first + micro * train.micro_batch, seed=seed)
             for micro, part in enumerate(numbers.reshape(-1, train.micro_batch))
         ]
 
@@ -224,7 +238,7 @@ class _Run:
             running |= {"loss_scale": self.scale.value, "finite_steps": self.scale.finite_steps}
         if self.best_loss is not None:
             running |= {"best_loss": self.best_loss, "best_step": self.best_step}
-        return Progress(step=step, text=self.text.fingerprint, config=run_settings(self.config), running=running)
+        return Progress(step=step, text=self.text.fingerprint, config=run_settings(self.whole), running=running)
 
     def _introduce(self, folder: Path, display: Display) -> None:
         """Write what the run is, for the report and for `verify`, and say it."""

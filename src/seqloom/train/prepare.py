@@ -13,6 +13,7 @@ from seqloom.model import outline, probe
 from seqloom.plan import ModelShape, check
 from seqloom.train.checkpoint import Progress, newest, read_progress
 from seqloom.train.config import Config, DataConfig
+from seqloom.train.curriculum import begun, stretches
 from seqloom.train.data import find_files
 from seqloom.train.tables import ENDINGS, open_dataset, table_texts
 from seqloom.train.tokenizer import load_tokenizer
@@ -33,18 +34,9 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
     world: processes there are, where a launcher has started them already.
     Returns notes for the user. Raises ConfigError, PlanError, ModelError, DataError, CheckpointError.
     """
+    for stretch in stretches(config):
+        _check_fit(stretch.config, world)
     shape = ModelShape.from_config(config.model.settings())
-    train, data = config.train, config.plan.data
-    if train.micro_batch % data:
-        raise ConfigError(
-            f"train.batch={train.batch} in train.accumulate={train.accumulate} micro-batches leaves "
-            f"{train.micro_batch} sequences for data={data}, which must divide them; "
-            f"make train.batch a multiple of {train.accumulate * data}."
-        )
-    for number in train.micro_batches:  # several while the batch ramps up
-        length = config.data.sequence_length
-        check(config.plan, shape, length, world=world, batch=train.micro_batch, micro_batches=number)
-    probe(outline(config.model.settings()), config.plan)
     _find_text(config.data, "data")
     if config.eval is not None:
         _find_text(config.eval.as_data(config.data), "eval")
@@ -64,6 +56,22 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
     return _compare_settings(path, read_progress(path, contents=True), config)
 
 
+def _check_fit(config: Config, world: int | None) -> None:
+    """Whether the model, the lengths and the batches fit the plan."""
+    shape = ModelShape.from_config(config.model.settings())
+    train, data = config.train, config.plan.data
+    if train.micro_batch % data:
+        raise ConfigError(
+            f"train.batch={train.batch} in train.accumulate={train.accumulate} micro-batches leaves "
+            f"{train.micro_batch} sequences for data={data}, which must divide them; "
+            f"make train.batch a multiple of {train.accumulate * data}."
+        )
+    for number in train.micro_batches:  # several while the batch ramps up
+        length = config.data.sequence_length
+        check(config.plan, shape, length, world=world, batch=train.micro_batch, micro_batches=number)
+    probe(outline(config.model.settings()), config.plan)
+
+
 def _find_text(data: DataConfig, section: str) -> None:
     if data.dataset is not None:
         open_dataset(data.dataset, data.split, data.text_key)
@@ -77,6 +85,12 @@ def _check_writable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "cannot be written to" if there.is_dir() else "is not a folder"
         raise ConfigError(f"run.folder {folder} cannot be used: {there} {what}; name another one.")
+
+
+def steps_taken(config: Config) -> int:
+    """The step of the newest checkpoint of a run, 0 where there is none."""
+    path = newest(config.run.folder / CHECKPOINTS)
+    return 0 if path is None else read_progress(path).step
 
 
 @contextmanager
@@ -101,6 +115,9 @@ def run_settings(config: Config) -> dict[str, Any]:
 def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[str, ...]:
     """Notes about settings that changed harmlessly; CheckpointError for those that would change the run."""
     before, now = (_flat(settings) for settings in (progress.config, json.loads(json.dumps(run_settings(config)))))
+    phases = [list(begun(settings.pop("curriculum", ()), progress.step)) for settings in (before, now)]
+    if phases[0] != phases[1]:
+        before["curriculum"], now["curriculum"] = phases
     changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
     free = {"plan", *(f"train.{key}" for key in FREE_TO_CHANGE + ANY_WAY)}
     fixed = [key for key in changed if key not in free and not key.startswith(("run.", "eval"))]
