@@ -8,7 +8,7 @@ import torch
 from pool import Pool
 from seqloom.errors import ModelError, SeqloomError
 from seqloom.fabric import Fabric
-from seqloom.model import build_model, parallelize, token_loss, whole_tensors
+from seqloom.model import build_model, main_gradients, parallelize, token_loss, whole_tensors
 from seqloom.plan import Plan, cut, fit, read_config
 from seqloom.plan.shape import ModelShape
 from seqloom.sequence import Batch, shard_batch
@@ -119,6 +119,19 @@ def test_a_stage_that_fails_says_so(pool: Pool) -> None:
     """Catches an error of a stage that reaches the user as torch's words about a micro-batch."""
     with pytest.raises(SeqloomError, match=r"This layer is refused"):
         pool.run(2, failing, "pipeline=2", timeout_seconds=30)
+
+
+def main_gradients_asked(text: str) -> None:
+    plan = Plan.parse(text)
+    fabric = Fabric.build(plan)
+    main_gradients(parallelize(build_model(fit(read_config("llama"), plan, 64), dtype=torch.bfloat16), fabric))
+
+
+def test_main_gradients_where_hooks_do_not_run(pool: Pool) -> None:
+    """Catches gradients of weights that zbv adds up in bfloat16 though float32 was asked for."""
+    pool.run(2, main_gradients_asked, "pipeline=2")
+    with pytest.raises(ModelError, match=r"schedule=zbv adds up .* use schedule=1f1b"):
+        pool.run(2, main_gradients_asked, "pipeline=2 schedule=zbv")
 
 
 def test_layers_are_cut_by_cost() -> None:

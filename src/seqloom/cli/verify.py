@@ -87,7 +87,9 @@ def _said(verdict: "Verdict", case: "Case", as_json: bool) -> str:
     values = {**asdict(verdict), **extras}
     if as_json:
         return json.dumps(values, indent=1)
-    return "\n".join([*_table(values), *([str(verdict.parting)] if verdict.parting else [])])
+    more = case.micro_batches > case.accumulate
+    needed = [f"Both sides took {case.micro_batches} micro-batches a step, as the schedule needs."] if more else []
+    return "\n".join([*_table(values), *needed, *([str(verdict.parting)] if verdict.parting else [])])
 
 
 def _mask_words(rule: "Mask", lengths: tuple[int, ...] | None) -> str:

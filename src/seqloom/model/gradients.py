@@ -33,6 +33,12 @@ def main_gradients(model: nn.Module) -> None:
     For parameters of a lower type, whose `.grad` would round every micro-batch's sum to that type. Call it
     once, after `parallelize`. An optimizer reads `.grad`: see `hand_over`.
     """
+    plan = getattr(model, "_split_by", None)
+    if plan is not None and plan.pipeline > 1 and plan.schedule == "zbv":
+        raise ModelError(
+            "schedule=zbv adds up gradients of weights without the hooks of main gradients; use schedule=1f1b or "
+            "interleaved, or parameters in float32."
+        )
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_add_to_main)

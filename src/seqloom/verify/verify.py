@@ -145,7 +145,7 @@ def verify_here(case: Case) -> Verdict:
         reference = _reference(case, fabric)
         run = _split(case, fabric)
         verdict = compare(run, reference, fabric, case.dtype)
-        if not verdict.equal:
+        if not verdict.equal and case.plan.pipeline == 1:  # stages are not followed layer by layer yet
             verdict = replace(verdict, parting=_parting(case, fabric, run, reference))
     fabric.close()
     on = {} if case.dropout is None else dict.fromkeys(case.dropouts, f"={case.dropout}")
