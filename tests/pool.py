@@ -57,8 +57,8 @@ class Pool:
 
         Arguments and results travel by pickle, tensors by value. Raises the root error as `run_local` does:
         SeqloomErrors as themselves, anything else as WorkerError, with the rank's traceback as a note. A rank that
-        gives no answer in `timeout_seconds` fails the call, and a collective after `collective_seconds`, if given. Workers
-        that hang or died are replaced.
+        gives no answer in `timeout_seconds` fails the call, and a collective after `collective_seconds`, if given.
+        Workers that hang or died are replaced.
         """
         assert 1 <= world <= SIZE, f"the pool has {SIZE} workers, not {world}"
         if not self._workers:
