@@ -452,6 +452,16 @@ REFUSALS: dict[str, Refused] = {
         "2 stages each, not chunks=3",
         "leave it out. Try pipeline=2 schedule=zbv.",
     ),
+    "shares of several stages": (
+        lambda: check(Plan(data=2, zero=3, pipeline=2, schedule="zbv"), FOUR),
+        "zero=3 with several stages on a pipeline rank (schedule=zbv)",
+        "use zero=1, or schedule=1f1b or gpipe. Try",
+    ),
+    "balance of experts in stages": (
+        lambda: check(Plan(pipeline=2), replace(FOUR, family="mixtral", experts=4, balanced=True)),
+        "which pipeline=2 cannot compute yet",
+        "set it to false, or use pipeline=1. Try",
+    ),
     "heads over a line": (
         lambda: check(Plan(tensor=5), TINY),
         "12 query heads",
