@@ -457,11 +457,6 @@ REFUSALS: dict[str, Refused] = {
         "zero=3 with several stages on a pipeline rank (schedule=zbv)",
         "use zero=1, or schedule=1f1b or gpipe. Try",
     ),
-    "balance of experts in stages": (
-        lambda: check(Plan(pipeline=2), replace(FOUR, family="mixtral", experts=4, balanced=True)),
-        "which pipeline=2 cannot compute yet",
-        "set it to false, or use pipeline=1. Try",
-    ),
     "heads over a line": (
         lambda: check(Plan(tensor=5), TINY),
         "12 query heads",

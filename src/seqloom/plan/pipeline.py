@@ -102,11 +102,6 @@ def pipeline_reasons(plan: Plan, model: ModelShape, micro_batches: int | None = 
             f"zero={plan.zero} with several stages on a pipeline rank (schedule={plan.schedule}) is not supported yet; "
             "use zero=1, or schedule=1f1b or gpipe."
         )
-    if model.balanced:
-        yield (
-            f"output_router_logits=true adds the balance of experts over all layers to the loss, which pipeline="
-            f"{plan.pipeline} cannot compute yet; set it to false, or use pipeline=1."
-        )
     yield from _chunk_reasons(plan)
     yield from _stage_reasons(plan, model)
     if micro_batches is not None and (needed := micro_batches_needed(plan, micro_batches)) > micro_batches:
