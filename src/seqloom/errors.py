@@ -5,6 +5,7 @@
     ├── DataError          text, tokens or a batch cannot be used as given
     ├── ModelError         a model cannot be run exactly under any plan yet
     ├── PlanError          a plan cannot be honoured; carries every reason and the nearest legal plan
+    ├── DialectError       settings of another system cannot be translated; carries every reason and note
     ├── CheckpointError    a checkpoint is incomplete, or is not this model's
     ├── NumericsError      a loss or a gradient is not finite
     ├── CommunicationError a collective failed: a peer died or stalled
@@ -65,3 +66,15 @@ class WorkerError(SeqloomError):
         self.rank = rank
         self.trace = trace
         super().__init__(message)
+
+
+class DialectError(SeqloomError):
+    """Settings of another system that cannot be translated.
+
+    `reasons` holds every reason at once; `notes` what became of each option until then.
+    """
+
+    def __init__(self, reasons: str | Sequence[str], notes: Sequence[object] = ()) -> None:
+        self.reasons = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+        self.notes = tuple(notes)
+        super().__init__(" Also: ".join(self.reasons))

@@ -11,12 +11,15 @@ from seqloom.cli.export import export
 from seqloom.cli.plan import plan
 from seqloom.cli.report import report
 from seqloom.cli.train import REFUSED, train
+from seqloom.cli.translate import translate
 from seqloom.cli.verify import verify
 from seqloom.errors import SeqloomError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 for command in (train, verify, plan, report, export):
     app.command()(command)
+# Flags of another system pass through as they are; none of them is an option of this command.
+app.command(context_settings={"ignore_unknown_options": True})(translate)
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,137 @@
+"""The model that Megatron-style flags describe, as a Hugging Face configuration."""
+
+from typing import Any
+
+from seqloom.dialects.ledger import Ledger
+from seqloom.dialects.models import FIRST_QWEN, by_name, by_sizes, family, full
+
+_SIZES = {
+    "--hidden-size": "hidden_size",
+    "--num-layers": "num_hidden_layers",
+    "--num-attention-heads": "num_attention_heads",
+    "--ffn-hidden-size": "intermediate_size",
+    "--kv-channels": "head_dim",
+    "--num-experts": "num_local_experts",
+    "--moe-router-topk": "num_experts_per_tok",
+}
+_NEEDED = ("--hidden-size", "--num-layers", "--num-attention-heads")
+
+
+def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] | None:
+    """The configuration by sizes, filled up from a known model of the same sizes; else by a name in the title."""
+    words = [title] + [
+        value
+        for name in ("--tokenizer-model", "--tokenizer-name-or-path")
+        if isinstance(value := ledger.given.get(name), str)
+    ]
+    named = next((found for word in words if (found := by_name(word))), None)
+    if not all(name in ledger for name in _NEEDED):
+        if named:
+            ledger.note("model", "mapped", f"Known by name as {named[0]}.{_qwen(named[0])}", value=named[0])
+        elif any(name in ledger for name in _NEEDED):
+            ledger.note("model", "no effect", "Not known: hidden size, layers and heads are not all given.")
+        ledger.no_effect("The model's sizes are not all given, so they do not enter `model`.", *_SIZES)
+        return named[1] if named else None
+    sizes = {key: ledger.whole(name) for name, key in _SIZES.items() if name in ledger}
+    if "--group-query-attention" in ledger and "--num-query-groups" in ledger:
+        sizes["num_key_value_heads"] = ledger.whole("--num-query-groups")
+    ledger.mapped("It enters `model`.", *_SIZES, "--num-query-groups", "--group-query-attention")
+    kind = _family(ledger)
+    like = {key: value for key, value in sizes.items() if key != "head_dim"}
+    if named and named[1]["model_type"] in (kind, "qwen2", "qwen3") and _agrees(named[1], like):
+        found: tuple[str, dict[str, Any]] | None = named
+    else:
+        found = by_sizes(kind, {"num_key_value_heads": sizes["num_attention_heads"], **like})
+    config = full(found[1]) if found else {"model_type": kind}
+    if found:
+        ledger.note("model", "mapped", f"Its sizes are those of {found[0]}.{_qwen(found[0])}", value=found[0])
+    return _filled(ledger, config, sizes, length)
+
+
+def _agrees(config: dict[str, Any], sizes: dict[str, int]) -> bool:
+    return all(full(config).get(key) == value for key, value in sizes.items() if key in full(config))
+
+
+def _qwen(name: str) -> str:
+    """Why first-generation Qwen is another family here."""
+    if name not in FIRST_QWEN:
+        return ""
+    return " First-generation Qwen, which transformers lacks, runs as Qwen2 of that shape."
+
+
+def _family(ledger: Ledger) -> str:
+    """The family whose layers the flags describe."""
+    position = ledger.get("--position-embedding-type", "learned_absolute")
+    rotary = position == "rope" or ledger.flag("--use-rotary-position-embeddings")
+    if ledger.whole("--num-experts", 0, least=0) > 1:
+        return "deepseek_v2" if ledger.flag("--multi-latent-attention") else "mixtral"
+    if position == "alibi":
+        return "bloom"
+    if rotary or ledger.flag("--swiglu") or ledger.get("--normalization") == "RMSNorm":
+        if ledger.flag("--add-qkv-bias") or ledger.flag("--qkv-bias"):
+            return "qwen2"
+        return "qwen3" if ledger.flag("--qk-layernorm") else "llama"
+    return "gpt2"
+
+
+def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length: int | None) -> dict[str, Any]:
+    """A configuration of the sizes given, with what they leave open from the known model or the family."""
+    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    defaults: dict[str, Any] = {
+        "intermediate_size": 4 * hidden,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": length or 4096,
+    }
+    config = {**defaults, **known, **sizes}
+    for name, key in (
+        ("--vocab-size", "vocab_size"),
+        ("--padded-vocab-size", "vocab_size"),
+        ("--max-position-embeddings", "max_position_embeddings"),
+    ):
+        if name in ledger:
+            config[key] = ledger.whole(name)
+            ledger.mapped("It enters `model`.", name)
+    for name, key in (("--rotary-base", "rope_theta"), ("--norm-epsilon", "rms_norm_eps")):
+        if name in ledger and known["model_type"] not in ("bloom", "gpt2"):
+            config[key] = ledger.number(name)
+            ledger.mapped("It enters `model`.", name)
+    if "vocab_size" not in config:
+        config["vocab_size"] = {"llama": 32_000, "qwen2": 151_936, "bloom": 250_880, "gpt2": 50_257}.get(
+            known["model_type"], 32_000
+        )
+        ledger.note(
+            "--vocab-size",
+            "changed",
+            f"Not said, since a tokenizer gives it there; taken as {config['vocab_size']:,}, usual for "
+            f"{known['model_type']}.",
+        )
+    if config["model_type"] not in ("gpt2", "bloom"):
+        config["tie_word_embeddings"] = not ledger.flag("--untie-embeddings-and-output-weights")
+        ledger.mapped("It enters `model`.", "--untie-embeddings-and-output-weights")
+    _dropout(ledger, config)
+    return family(config["model_type"], config)
+
+
+_DROPOUTS = {
+    "gpt2": {"--attention-dropout": ("attn_pdrop",), "--hidden-dropout": ("resid_pdrop", "embd_pdrop")},
+    "bloom": {"--attention-dropout": ("attention_dropout",), "--hidden-dropout": ("hidden_dropout",)},
+}
+
+
+def _dropout(ledger: Ledger, config: dict[str, Any]) -> None:
+    """Dropouts, which are 0.1 in Megatron-LM where nothing is said."""
+    names: dict[str, tuple[str, ...]] = _DROPOUTS.get(
+        config["model_type"], {"--attention-dropout": ("attention_dropout",)}
+    )
+    for name in ("--attention-dropout", "--hidden-dropout"):
+        value = ledger.number(name, 0.1)
+        keys = names.get(name, ())
+        for key in keys:
+            config[key] = value
+        unsaid = "" if name in ledger else "Not said: 0.1, Megatron-LM's default. "
+        if keys:
+            ledger.note(name, "mapped", f"{unsaid}It enters `model`.")
+        elif value:
+            ledger.note(name, "changed", f"{unsaid}{config['model_type']} has no such dropout, so there is none here.")
+        else:
+            ledger.note(name, "mapped", "There is none.")

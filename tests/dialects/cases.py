@@ -1,0 +1,225 @@
+"""Settings as people run them, and the layouts they mean."""
+
+from collections.abc import Mapping
+from textwrap import dedent
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+
+class Case(NamedTuple):
+    """Settings, the processes there are, and what must come of them.
+
+    plan: as `Plan.parse` reads it. train: values of `train` that must be there. notes: (option, verdict, words of the
+    reason) that must be there.
+    """
+
+    settings: str
+    world: int | None
+    plan: str
+    train: Mapping[str, Any] = MappingProxyType({})
+    notes: tuple[tuple[str, str, str], ...] = ()
+    version: str | None = None
+
+
+def _mindspeed(tensor: int, pipeline: int, context: int, more: str) -> str:
+    return (
+        f"--tensor-model-parallel-size {tensor} --pipeline-model-parallel-size {pipeline} "
+        f"--context-parallel-size {context} {more}"
+    )
+
+
+RING = "--context-parallel-algo megatron_cp_algo"
+HYBRID = "--context-parallel-algo hybrid_cp_algo --ulysses-degree-in-cp 2"
+ULYSSES = "--context-parallel-algo ulysses_cp_algo"
+
+MEGATRON = {
+    "hybrid of a long sequence on 4": Case(
+        _mindspeed(
+            1, 1, 4, f"{HYBRID} --sequence-parallel --micro-batch-size 1 --global-batch-size 2 --seq-length 65536"
+        ),
+        4,
+        "ring=2 ulysses=2",
+        {"sequence_length": 65536, "micro_batch": 1, "global_batch": 2, "accumulate": 2},
+        (("--sequence-parallel", "no effect", "one tensor rank"),),
+    ),
+    "hybrid with tensor": Case(
+        _mindspeed(
+            2, 1, 4, f"{HYBRID} --sequence-parallel --micro-batch-size 1 --global-batch-size 8 --seq-length 4096"
+        ),
+        8,
+        "tensor=2 ring=2 ulysses=2",
+        {"accumulate": 8},
+        (("--ulysses-degree-in-cp", "mapped", "context 4 / ulysses 2 = ring 2"),),
+    ),
+    "double ring": Case(
+        _mindspeed(2, 1, 4, f"{RING} --cp-window-size 2 --sequence-parallel --micro-batch-size 1"),
+        8,
+        "tensor=2 ring=4 inner_ring=2",
+    ),
+    "tensor in two dimensions": Case(
+        _mindspeed(4, 1, 2, f"{RING} --tp-2d --tp-x 2 --tp-y 2 --micro-batch-size 2 --global-batch-size 16"),
+        8,
+        "tensor=4 tensor_kind=2d ring=2",
+        {"micro_batch": 2, "global_batch": 16, "accumulate": 8},
+    ),
+    "128 processes of tensor, pipeline and ring": Case(
+        _mindspeed(
+            8, 4, 4, f"{RING} --sequence-parallel --seq-length 32768 --micro-batch-size 1 --global-batch-size 32"
+        ),
+        128,
+        "tensor=8 pipeline=4 ring=4",
+    ),
+    "256 processes": Case(
+        _mindspeed(8, 8, 4, f"{RING} --sequence-parallel --micro-batch-size 1 --global-batch-size 16"),
+        256,
+        "tensor=8 pipeline=8 ring=4",
+    ),
+    "ulysses with recomputation by blocks": Case(
+        _mindspeed(
+            8,
+            1,
+            8,
+            f"{ULYSSES} --sequence-parallel --seq-length 262144 --micro-batch-size 1 --global-batch-size 32 "
+            "--recompute-granularity full --recompute-method block --recompute-num-layers 48",
+        ),
+        128,
+        "data=2 tensor=8 ulysses=8 recompute=full:block:48",
+        {"recompute": "full:block:48", "sequence_length": 262144},
+    ),
+    "48 heads over ulysses and tensor": Case(
+        _mindspeed(
+            8,
+            1,
+            2,
+            f"{ULYSSES} --sequence-parallel --num-attention-heads 48 --micro-batch-size 1 --global-batch-size 64",
+        ),
+        32,
+        "data=2 tensor=8 ulysses=2",
+        {},
+        (("--num-attention-heads", "mapped", "divide evenly"),),
+    ),
+    "BLOOM with a batch that grows": Case(
+        "--tensor-model-parallel-size 8 --sequence-parallel --num-layers 30 --hidden-size 4096 "
+        "--num-attention-heads 32 "
+        "--position-embedding-type alibi --rampup-batch-size 192 16 9_765_625 --global-batch-size 512 "
+        "--micro-batch-size 4 --seq-length 2048 --zero-stage 0 --deepspeed",
+        8,
+        "tensor=8",
+        {"ramp_up": {"start": 192, "increment": 16, "samples": 9_765_625}, "global_batch": 512},
+        (
+            ("--zero-stage", "mapped", "zero=0"),
+            ("--rampup-batch-size", "mapped", "ignores"),
+            ("model", "mapped", "bloom-7b1"),
+        ),
+    ),
+    "Llama 3 with a flag commented out": Case(
+        dedent(
+            """\
+            GPUS=8
+            PP=4
+            MODEL=(
+                --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+                --group-query-attention --num-query-groups 8 --kv-channels 128
+                --position-embedding-type rope --normalization RMSNorm --swiglu
+                --seq-length 8192   # as the model
+            )
+            PARALLEL=(
+                --tensor-model-parallel-size 1
+                --context-parallel-size 1
+                # --pipeline-model-parallel-size $PP
+                --sequence-parallel
+            )
+            torchrun --nproc_per_node $GPUS --nnodes 1 pretrain_gpt.py ${MODEL[@]} "${PARALLEL[@]}" \\
+                --micro-batch-size 1 --global-batch-size 128 --bf16
+            """
+        ),
+        None,
+        "data=8",
+        {"accumulate": 16, "precision": "bf16"},
+        (
+            ("--sequence-parallel", "no effect", "one tensor rank"),
+            ("PP", "no effect", "never passed"),
+            ("model", "mapped", "llama3-8b"),
+        ),
+    ),
+    "Megatron-LM's own hybrid": Case(
+        _mindspeed(
+            1,
+            2,
+            4,
+            "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 2 2 --micro-batch-size 4 "
+            "--global-batch-size 32",
+        ),
+        8,
+        "pipeline=2 ring=2 ulysses=2",
+        {"accumulate": 8},
+    ),
+    "a degree set and never passed": Case(
+        "CP=16\nTP=8\npython -m torch.distributed.launch --nproc_per_node 8 pretrain_gpt.py "
+        "--tensor-model-parallel-size ${TP} --sequence-parallel --micro-batch-size 1\n",
+        None,
+        "tensor=8",
+        {},
+        (("CP", "no effect", "never passed"),),
+    ),
+    "context without an algorithm": Case(
+        _mindspeed(1, 1, 4, "--micro-batch-size 1"),
+        4,
+        "ulysses=4",
+        {},
+        (("--context-parallel-algo", "changed", "core_r0.8.0"),),
+    ),
+    "the same of a later release": Case(
+        _mindspeed(1, 1, 4, "--micro-batch-size 1"), 4, "ring=4", {}, (), "2.1.0_core_r0.12.1"
+    ),
+    "the same of Megatron-LM": Case(_mindspeed(1, 1, 4, "--micro-batch-size 1"), 4, "ring=4", {}, (), "megatron-lm"),
+    "hybrid of ulysses alone": Case(
+        _mindspeed(1, 1, 2, f"{HYBRID} --micro-batch-size 1"),
+        2,
+        "ulysses=2",
+        {},
+        (("--ulysses-degree-in-cp", "changed", "refused there"),),
+    ),
+    "context 8 with ulysses 2": Case(_mindspeed(1, 1, 8, f"{HYBRID} --micro-batch-size 1"), 8, "ring=4 ulysses=2"),
+    "key/value all-gather": Case(
+        _mindspeed(1, 1, 4, "--context-parallel-algo kvallgather_cp_algo"), 4, "ring=4 exchange=gather"
+    ),
+    "sums and defaults of a shell": Case(
+        dedent(
+            """\
+            A=${NONE:-4}
+            WORLD_SIZE=$((A * 2))
+            ARGS="--tensor-model-parallel-size=$(($A/2))
+                --sequence-parallel"
+            ARGS+=" --use-distributed-optimizer"
+            IPs=('a' 'b')
+            if [ ${#IPs[@]} -eq 2 ]; then MB=2; else MB=3; fi
+            python pretrain.py $ARGS --micro-batch-size $MB | tee "log $A.txt"
+            """
+        ),
+        None,
+        "data=4 tensor=2 zero=1",
+        {"micro_batch": 2},
+    ),
+    "a DeepSpeed configuration that the script writes": Case(
+        dedent(
+            """\
+            STAGE=2
+            cat <<EOT > ds.json
+            {"zero_optimization": {"stage": $STAGE}, "bf16": {"enabled": true}, "steps_per_print": 1}
+            EOT
+            deepspeed --num_gpus 4 pretrain_gpt.py --zero-stage 1 --deepspeed --deepspeed_config ds.json \\
+                --distributed-backend nccl --deepspeed-activation-checkpointing --checkpoint-activations
+            """
+        ),
+        None,
+        "data=4 zero=2 recompute=full",
+        {"precision": "bf16"},
+        (
+            ("--zero-stage", "no effect", "stage 2"),
+            ("deepspeed_config.zero_optimization.stage", "mapped", "zero=2"),
+            ("deepspeed_config.steps_per_print", "no effect", ""),
+            ("--distributed-backend", "no effect", "gloo"),
+        ),
+    ),
+}
