@@ -223,3 +223,157 @@ MEGATRON = {
         ),
     ),
 }
+
+
+def _plugin(arguments: str, moe: bool = False) -> str:
+    return f"plugin = {'Moe' if moe else ''}HybridParallelPlugin({arguments})"
+
+
+ON = "enable_sequence_parallelism=True, sequence_parallelism_mode="
+
+COLOSSALAI = {
+    "the tutorial's split_gather": Case(
+        _plugin(f'tp_size=4, sp_size=1, enable_all_optimization=True, {ON}"split_gather"'),
+        4,
+        "tensor=4",
+        {"precision": "fp16"},
+        (("pp_size", "changed", "missing"), ("enable_all_optimization", "mapped", "does not")),
+    ),
+    "the tutorial's all_to_all": Case(
+        _plugin(f'tp_size=2, sp_size=2, enable_all_optimization=True, {ON}"all_to_all"'),
+        8,
+        "data=2 tensor=2 ulysses=2 sequence_parallel=false",
+        {},
+        (("rank order", "changed", "ulysses, tensor, data"),),
+    ),
+    "the tutorial's ring_attn": Case(
+        _plugin(f'tp_size=2, sp_size=2, enable_all_optimization=True, {ON}"ring_attn"'),
+        8,
+        "data=2 tensor=2 ring=2 sequence_parallel=false",
+    ),
+    "a ring alone": Case(_plugin(f'tp_size=1, pp_size=1, sp_size=4, zero_stage=0, {ON}"ring_attn"'), 4, "ring=4"),
+    "a ring in a pipeline": Case(
+        _plugin(f'tp_size=1, pp_size=2, sp_size=2, num_microbatches=2, zero_stage=1, {ON}"ring_attn"'),
+        4,
+        "ring=2 pipeline=2 zero=1",
+        {"accumulate": 2},
+    ),
+    "all_to_all in tensor": Case(
+        _plugin(f'tp_size=2, pp_size=1, sp_size=2, zero_stage=0, {ON}"all_to_all"'),
+        4,
+        "tensor=2 ulysses=2 sequence_parallel=false",
+    ),
+    "the overlapped ring, which is no ring attention": Case(
+        _plugin(f'tp_size=2, pp_size=1, sp_size=1, zero_stage=2, {ON}"ring"'),
+        4,
+        "data=2 tensor=2 tensor_overlap=ring zero=2",
+        {},
+        (("sequence_parallelism_mode", "mapped", "not ring attention"),),
+    ),
+    "split_gather in a pipeline": Case(
+        _plugin(f'tp_size=2, pp_size=2, zero_stage=1, num_microbatches=4, {ON}"split_gather"'),
+        4,
+        "tensor=2 pipeline=2 zero=1",
+    ),
+    "ring with a sequence degree of its own": Case(
+        _plugin(f'tp_size=2, pp_size=1, sp_size=2, {ON}"ring"'),
+        4,
+        "data=2 tensor=2 tensor_overlap=ring",
+        {},
+        (("sp_size", "no effect", "whatever"),),
+    ),
+    "experts over data": Case(
+        _plugin(f'ep_size=2, zero_stage=1, pp_size=1, tp_size=1, sp_size=2, {ON}"all_to_all"', moe=True),
+        4,
+        "data=2 ulysses=2 expert=2 zero=1",
+    ),
+    "MoE without experts spread": Case(
+        _plugin(f'ep_size=1, zero_stage=1, pp_size=1, tp_size=2, sp_size=2, {ON}"all_to_all"', moe=True),
+        8,
+        "data=2 tensor=2 ulysses=2 sequence_parallel=false zero=1",
+    ),
+    "MoE with ZeRO-2": Case(
+        _plugin("ep_size=2, zero_stage=2, pp_size=1, tp_size=1", moe=True),
+        4,
+        "data=4 expert=2 zero=1",
+        {},
+        (("zero_stage", "changed", "stage 1"),),
+    ),
+    "a mode that the benchmark leaves off": Case(
+        "benchmark.py -p 3d --tp 4 --sp_mode split_gather",
+        8,
+        "data=2 tensor=4 sequence_parallel=false",
+        {"precision": "bf16"},
+        (("--sp_mode", "no effect", "stays off"),),
+    ),
+    "the same turned on by a degree that is ignored": Case(
+        "benchmark.py -p 3d --tp 4 --sp 4 --sp_mode split_gather", 8, "data=2 tensor=4"
+    ),
+    "Gemini": Case(
+        "plugin = GeminiPlugin(tp_size=2, enable_tensor_parallelism=True, precision='bf16', initial_scale=2**16)",
+        8,
+        "data=4 tensor=2 sequence_parallel=false zero=3",
+        {"precision": "bf16"},
+        (("initial_scale", "no effect", "scaler"),),
+    ),
+    "Gemini with fractions of its own": Case(
+        "GeminiPlugin(offload_optim_frac=0.5, extra_dp_size=2)", 8, "data=8 zero=3 zero_replicas=2 offload=true"
+    ),
+    "Gemini by itself": Case("GeminiPlugin(placement_policy='auto')", 4, "data=4 zero=3 offload=true"),
+    "the benchmark's Gemini": Case(
+        "benchmark.py -p gemini --tp 2 -c 7b -b 4 -l 2048", 8, "data=4 tensor=2 sequence_parallel=false zero=3"
+    ),
+    "a whole program": Case(
+        dedent(
+            """\
+            import torch, colossalai
+            TP = 2
+            config = LlamaConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=8, vocab_size=1000)
+            plugin = HybridParallelPlugin(TP, 1, 2, enable_sequence_parallelism=True,
+                                          sequence_parallelism_mode="ring_attn", precision="bf16", inner_ring_size=None)
+            loader = plugin.prepare_dataloader(data, batch_size=2, shuffle=True, seed=42)
+            """
+        ),
+        8,
+        "data=2 tensor=2 ring=2 sequence_parallel=false",
+        {"global_batch": 4},
+        (("model", "mapped", "LlamaConfig"), ("prepare_dataloader.seed", "no effect", "")),
+    ),
+    "the older configuration in two dimensions": Case(
+        "parallel = dict(data=1, pipeline=1, tensor=dict(size=4, mode='2d'))",
+        8,
+        "data=2 tensor=4 tensor_kind=2d",
+        {},
+        (("parallel.data", "no effect", "ignores"),),
+    ),
+    "in two and a half": Case(
+        "CONFIG = dict(parallel=dict(data=1, pipeline=1, tensor=dict(size=8, mode='2.5d', depth=2)))",
+        8,
+        "tensor=8 tensor_kind=2.5d depth=2",
+    ),
+    "in three": Case("parallel = {'pipeline': 1, 'tensor': {'size': 8, 'mode': '3d'}}", 8, "tensor=8 tensor_kind=3d"),
+    "a long pipeline": Case(
+        "NUM_MICRO_BATCHES = 192\nparallel = dict(pipeline=32, tensor=dict(size=4, mode='1d'))",
+        128,
+        "pipeline=32 tensor=4 sequence_parallel=false",
+        {"accumulate": 192},
+    ),
+    "a pipeline of grids": Case(
+        "parallel = dict(pipeline=dict(size=24), tensor=dict(size=4, mode='2.5d', depth=1))",
+        96,
+        "pipeline=24 tensor=4 tensor_kind=2.5d",
+    ),
+    "ring self-attention": Case(
+        "parallel = dict(pipeline=1, tensor=dict(size=4, mode='sequence'))",
+        8,
+        "data=2 ring=4 exchange=rsa layout=contiguous",
+    ),
+    "a file with an import that would open a window": Case(
+        "from tkinter import X\nfrom colossalai.amp import AMP_TYPE\nimport math\nS = int(math.sqrt(16))\n"
+        "fp16 = dict(mode=AMP_TYPE.NAIVE)\nparallel = dict(pipeline=1, tensor=dict(size=2, mode='1d'))",
+        2,
+        "tensor=2 sequence_parallel=false",
+        {"precision": "fp16"},
+        (("S", "no effect", ""),),
+    ),
+}

@@ -1,2 +1,157 @@
-def translate(settings, **k):
-    raise NotImplementedError
+"""Colossal-AI: plugins in a Python file, the older configuration files, and command lines of its benchmarks."""
+
+import ast
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from seqloom.dialects import colossalai_benchmark, colossalai_legacy
+from seqloom.dialects.colossalai_gemini import gemini
+from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, untouched
+from seqloom.dialects.colossalai_plugin import hybrid
+from seqloom.dialects.flags import from_text, from_words
+from seqloom.dialects.ledger import Ledger, Unread
+from seqloom.dialects.literals import Source
+from seqloom.dialects.models import by_name
+from seqloom.dialects.translation import Draft, Translation, conclude
+from seqloom.errors import DialectError
+
+PLUGINS = {"HybridParallelPlugin": HYBRID, "MoeHybridParallelPlugin": [*MOE, *HYBRID], "GeminiPlugin": GEMINI}
+OTHERS = {
+    "LowLevelZeroPlugin": {"tp_size": 1, "pp_size": 1, "zero_stage": 1},
+    "TorchDDPPlugin": {"tp_size": 1, "pp_size": 1, "precision": "fp32"},
+}
+"""Plugins that are the hybrid one with some arguments fixed, as defaults."""
+
+
+def translate(
+    settings: str | Sequence[str],
+    *,
+    world: int | None = None,
+    version: str | None = None,
+    keep_order: bool = False,
+    folder: Path | None = None,
+    title: str = "",
+) -> Translation:
+    """The plan of a Python file's plugin or CONFIG, or of a benchmark's command line.
+
+    world: processes there are; data parallelism is what is left of them. version: `0.4.3`, where inner rings of
+    ring attention have a rule of their own. Raises DialectError with every reason why there is no plan.
+    """
+    if not isinstance(settings, str) or _is_command_line(settings):
+        line = from_text(settings) if isinstance(settings, str) else from_words(settings)
+        return colossalai_benchmark.translate(line, world=world, version=version, keep_order=keep_order, title=title)
+    source = Source.read(settings)
+    found = list(source.calls([*PLUGINS, *OTHERS]))
+    if not found:
+        if given := colossalai_legacy.settings(source):
+            return colossalai_legacy.translate(given, world=world, keep_order=keep_order)
+        raise DialectError(
+            f"The file makes none of {', '.join(PLUGINS)} and holds no `parallel = dict(...)`; give one that does."
+        )
+    name, arguments = _the_plugin(source, found)
+    ledger = Ledger(arguments)
+    draft = (
+        gemini(ledger, world) if name == "GeminiPlugin" else hybrid(ledger, world, version, moe=name.startswith("Moe"))
+    )
+    for option in arguments:
+        close = get_close_matches(option, PLUGINS.get(name, HYBRID), 1, 0.8)
+        if close and close[0] != option and option not in HYBRID:
+            ledger.refuse(option, f"{option} is no argument of {name} (did you mean '{close[0]}'?).")
+    _surroundings(ledger, source, draft)
+    model = _model(ledger, source) or draft.model
+    ledger.close(untouched)
+    return conclude(ledger, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
+
+
+def _is_command_line(text: str) -> bool:
+    """Whether a text is flags or a launch script, rather than Python."""
+    if text.lstrip().startswith(("#!/bin/", "#!/usr/bin/env bash", "-")):
+        return True
+    if "Plugin(" in text or ("parallel" in text and "dict(" in text):
+        return False
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ".py " in text or " --" in text or " -" in text
+    return False
+
+
+def _the_plugin(source: Source, found: Sequence[tuple[str, ast.Call]]) -> tuple[str, dict[str, Any]]:
+    """The one plugin that a file makes; several are refused unless they say the same."""
+    read = []
+    for name, call in found:
+        arguments = source.arguments(call, HYBRID if name == "HybridParallelPlugin" else [])
+        if name in OTHERS:
+            renamed = {"stage": "zero_stage"}
+            arguments = {**OTHERS[name], **{renamed.get(key, key): value for key, value in arguments.items()}}
+        read.append((name, arguments))
+    if any(other != read[0] for other in read[1:]):
+        lines = ", ".join(f"{name} at line {call.lineno}" for name, call in found)
+        raise DialectError(f"The file makes several plugins ({lines}); give a file that makes one.")
+    return read[0]
+
+
+def _surroundings(ledger: Ledger, source: Source, draft: Draft) -> None:
+    """Batch sizes of prepare_dataloader, as far as they are written out."""
+    for _, call in source.calls(["prepare_dataloader"]):
+        arguments = source.keywords(call) if all(keyword.arg for keyword in call.keywords) else {}
+        batch = arguments.get("batch_size")
+        if isinstance(batch, int) and not isinstance(batch, bool) and batch > 0:
+            data = draft.plan["data"]
+            draft.train["global_batch"] = batch * data
+            micro = draft.train.get("micro_batch") or batch // (draft.train.get("accumulate") or 1)
+            draft.train["micro_batch"], draft.train["accumulate"] = micro, max(1, batch // max(1, micro))
+            why = f"Rows on each of {data} data ranks: a batch of {batch * data}."
+            ledger.note("prepare_dataloader.batch_size", "mapped", why, value=batch)
+        for name in ("shuffle", "drop_last", "seed", "num_workers", "pin_memory"):
+            if name in arguments:
+                why = "Order and loading of data are seqloom's own (data.seed)."
+                value = arguments[name]
+                ledger.note(f"prepare_dataloader.{name}", "no effect", why, value=getattr(value, "text", value))
+
+
+_CONFIGS = {
+    "LlamaConfig": "llama",
+    "MistralConfig": "mistral",
+    "MixtralConfig": "mixtral",
+    "Qwen2Config": "qwen2",
+    "Qwen3Config": "qwen3",
+    "GPT2Config": "gpt2",
+    "BloomConfig": "bloom",
+    "DeepseekV2Config": "deepseek_v2",
+    "DeepseekV3Config": "deepseek_v3",
+}
+_LLAMA: Mapping[str, Any] = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+"""What LlamaConfig takes where nothing is said."""
+
+
+def _model(ledger: Ledger, source: Source) -> dict[str, Any] | None:
+    """The model that the file makes: a configuration written out, or a name that is known."""
+    for name, call in source.calls(list(_CONFIGS)):
+        try:
+            given = source.keywords(call)
+        except (ValueError, RecursionError):
+            given = {"**": Unread("**", "it is not a literal")}
+        if any(isinstance(value, Unread) for value in given.values()) or call.args:
+            ledger.note(
+                "model", "no effect", f"{name} at line {call.lineno} is not written out, so the model is not known."
+            )
+            return None
+        family = _CONFIGS[name]
+        ledger.note("model", "mapped", f"{name} at line {call.lineno}.", value=name)
+        return {"model_type": family, **(_LLAMA if family == "llama" else {}), **given}
+    for _, call in source.calls(["from_pretrained"]):
+        value = source.value(call.args[0]) if call.args else None
+        if isinstance(value, str) and (found := by_name(value)):
+            ledger.note("model", "mapped", f"Known by name as {found[0]}.", value=value)
+            return found[1]
+    return None

@@ -1,0 +1,161 @@
+"""Command lines of Colossal-AI's benchmark and training programs."""
+
+from typing import Any
+
+from seqloom.dialects.colossalai_gemini import gemini
+from seqloom.dialects.colossalai_options import untouched
+from seqloom.dialects.colossalai_plugin import hybrid
+from seqloom.dialects.flags import CommandLine
+from seqloom.dialects.ledger import Ledger, Note
+from seqloom.dialects.models import by_name
+from seqloom.dialects.translation import Draft, Translation, conclude
+
+_SHORT = {
+    "-c": "--config",
+    "-p": "--plugin",
+    "-b": "--batch_size",
+    "-l": "--max_length",
+    "-g": "--grad_checkpoint",
+}
+_PLUGIN = {
+    "tp_size": ("--tp",),
+    "pp_size": ("--pp",),
+    "sp_size": ("--sp",),
+    "ep_size": ("--ep",),
+    "zero_stage": ("--zero", "--zero_stage"),
+    "pp_style": ("--pp_style",),
+    "num_model_chunks": ("--n_chunks",),
+    "microbatch_size": ("--mbs", "--microbatch_size"),
+    "sequence_parallelism_mode": ("--sp_mode",),
+    "extra_dp_size": ("--extra_dp",),
+    "shard_param_frac": ("--shard_param_frac",),
+    "offload_optim_frac": ("--offload_optim_frac",),
+    "offload_param_frac": ("--offload_param_frac",),
+    "precision": ("--mixed_precision",),
+}
+"""Arguments of the plugin, and the flags that give them."""
+
+PLUGINS = ("gemini", "gemini_auto", "fsdp", "fsdp_cpu", "3d", "3d_cpu", "moe", "zero2", "zero2_cpu", "ddp")
+
+
+def translate(
+    line: CommandLine, *, world: int | None, version: str | None, keep_order: bool, title: str
+) -> Translation:
+    """The plan of a command line such as `benchmark.py -p 3d --tp 4`."""
+    long = {_SHORT.get(name, name): value for name, value in line.options.items()}
+    outer = Ledger(long)
+    program = line.program or title
+    moe = "--ep" in long or any(word in program for word in ("deepseek", "mixtral"))
+    plugin = outer.word("--plugin", PLUGINS, "3d" if moe else "gemini") or "3d"
+    outer.mapped(f"The {plugin} plugin.", "--plugin")
+    if "--plugin" not in long:
+        outer.note("--plugin", "mapped", f"Not said: {plugin}, the program's default.")
+    if "3d" in plugin or plugin == "moe":
+        outer.no_effect(
+            "It is for the gemini plugin.",
+            "--shard_param_frac",
+            "--offload_optim_frac",
+            "--offload_param_frac",
+            "--extra_dp",
+        )
+    world = world if world is not None else line.world
+    inner = Ledger(_arguments(outer, long, plugin, moe))
+    draft = _draft(inner, plugin, world, version, moe)
+    for note in inner.notes:
+        flag = next((flag for flag in _PLUGIN.get(note.option, ()) if flag in long), note.option)
+        outer.notes.append(Note(flag, long.get(flag, note.value), note.verdict, note.why))
+    outer.reasons += inner.reasons
+    model = _finish(outer, draft, program)
+    outer.close(untouched)
+    for name, value in line.launcher.items():
+        outer.note(name, "no effect", "It is the launcher's.", value=getattr(value, "text", value))
+    for word in line.stray:
+        outer.note(word, "no effect", "A word that belongs to no option.", value=word)
+    for name, value in line.unused.items():
+        outer.note(name, "no effect", "Set in the script, and not among the program's flags.", value=value)
+    return conclude(outer, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
+
+
+def _draft(inner: Ledger, plugin: str, world: int | None, version: str | None, moe: bool) -> Draft:
+    if plugin.startswith("gemini"):
+        return gemini(inner, world)
+    draft = hybrid(inner, world, version, moe=moe or plugin == "moe")
+    if plugin.startswith("fsdp"):
+        draft = Draft({**draft.plan, "zero": 3, "offload": plugin.endswith("cpu")}, None, draft.train)
+    return draft
+
+
+def _arguments(outer: Ledger, long: dict[str, Any], plugin: str, moe: bool) -> dict[str, Any]:
+    """What the program hands to the plugin."""
+    found: dict[str, Any] = {"tp_size": 1, "pp_size": 1, "precision": "bf16"}
+    if plugin in ("zero2", "zero2_cpu", "ddp") or plugin.startswith("fsdp"):
+        outer.no_effect(f"The {plugin} plugin takes none.", *(f for flags in _PLUGIN.values() for f in flags))
+        return {**found, "zero_stage": 2 if plugin.startswith("zero2") else 0, "cpu_offload": plugin.endswith("_cpu")}
+    for argument, flags in _PLUGIN.items():
+        for flag in flags:
+            if flag in long:
+                found[argument] = long[flag]
+    if plugin.startswith("gemini"):
+        found = {
+            name: value
+            for name, value in found.items()
+            if name not in ("pp_size", "sp_size", "sequence_parallelism_mode")
+        }
+        found["enable_tensor_parallelism"] = True
+        if plugin == "gemini_auto":
+            found["placement_policy"] = "auto"
+        outer.no_effect(
+            "The gemini plugin takes none.", "--pp", "--sp", "--sp_mode", "--zero", "--pp_style", "--n_chunks", "--mbs"
+        )
+        return {
+            name: value
+            for name, value in found.items()
+            if name not in ("pp_style", "num_model_chunks", "zero_stage", "microbatch_size")
+        }
+    found.setdefault("sp_size", 1)
+    found.setdefault("microbatch_size", 1)
+    if moe:
+        found.setdefault("ep_size", 1)
+        found.setdefault("zero_stage", 1)
+    asked = outer.flag("--enable_sequence_parallelism")
+    if asked or outer.whole("--sp") > 1:
+        found |= {"enable_sequence_parallelism": True}
+        found.setdefault("sequence_parallelism_mode", "all_to_all")
+    elif "--sp_mode" in long:
+        why = "The program turns sequence parallelism on only where --sp is above 1; it stays off."
+        outer.note("--sp_mode", "no effect", why)
+    outer.mapped("On.", "--enable_sequence_parallelism")
+    if plugin == "3d_cpu":
+        found["cpu_offload"] = True
+    return found
+
+
+def _finish(outer: Ledger, draft: Draft, program: str) -> dict[str, Any] | None:
+    """Batch, length and model."""
+    data, train = draft.plan["data"], draft.train
+    batch = outer.whole("--batch_size", 0) or None
+    train["sequence_length"] = outer.whole("--max_length", 0) or None
+    outer.mapped("train.sequence_length.", "--max_length")
+    if batch:
+        micro = train.get("micro_batch") if draft.plan.get("pipeline", 1) > 1 else None
+        train["micro_batch"], train["accumulate"] = micro or batch, max(1, batch // (micro or batch))
+        train["global_batch"] = batch * data
+        outer.mapped(f"Rows on each of {data} data ranks: a batch of {batch * data}.", "--batch_size")
+    if outer.flag("--grad_checkpoint"):
+        train["recompute"] = "full"
+        draft.plan["recompute"] = "full"  # type: ignore[index]
+        outer.mapped("recompute=full.", "--grad_checkpoint")
+    if outer.flag("--custom-ckpt"):
+        outer.changed(
+            "Their numbers of recomputed layers are of one model on four stages; write recompute= and stages=.",
+            "--custom-ckpt",
+        )
+    value = outer.get("--config")
+    name = value if isinstance(value, str) else None
+    family = "deepseek" if "deepseek" in program else "mixtral" if "mixtral" in program else "llama2"
+    found = by_name(name or "") or by_name(f"{family}-{name}") if name else None
+    if found:
+        outer.mapped(f"Known as {found[0]}.", "--config")
+        return found[1]
+    outer.changed("Not a model that is known here; give its configuration.", "--config")
+    return None

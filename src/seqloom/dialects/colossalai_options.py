@@ -1,0 +1,167 @@
+"""The options of Colossal-AI's plugins, benchmark programs and configuration files, by what becomes of them."""
+
+from seqloom.dialects.ledger import Verdict
+
+HYBRID = [
+    "tp_size",
+    "pp_size",
+    "sp_size",
+    "precision",
+    "zero_stage",
+    "enable_all_optimization",
+    "enable_fused_normalization",
+    "enable_flash_attention",
+    "enable_jit_fused",
+    "enable_sequence_parallelism",
+    "sequence_parallelism_mode",
+    "parallel_output",
+    "num_microbatches",
+    "microbatch_size",
+    "initial_scale",
+    "min_scale",
+    "growth_factor",
+    "backoff_factor",
+    "growth_interval",
+    "hysteresis",
+    "max_scale",
+    "max_norm",
+    "broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "find_unused_parameters",
+    "check_reduction",
+    "gradient_as_bucket_view",
+    "static_graph",
+    "zero_bucket_size_in_m",
+    "cpu_offload",
+    "communication_dtype",
+    "overlap_communication",
+    "custom_policy",
+    "pp_style",
+    "num_model_chunks",
+    "scheduler_nodes",
+    "num_layers_per_stage",
+    "gradient_checkpoint_config",
+    "enable_metadata_cache",
+    "make_vocab_size_divisible_by",
+    "dp_outside",
+    "overlap_p2p",
+    "overlap_allgather",
+    "fp8_communication",
+    "use_fp8",
+    "inner_ring_size",
+]
+"""The arguments of HybridParallelPlugin, in their order."""
+
+GEMINI = [
+    "chunk_config_dict",
+    "chunk_init_device",
+    "placement_policy",
+    "enable_gradient_accumulation",
+    "max_prefetch",
+    "shard_param_frac",
+    "offload_optim_frac",
+    "offload_param_frac",
+    "warmup_non_model_data_ratio",
+    "steady_cuda_cap_ratio",
+    "precision",
+    "master_weights",
+    "pin_memory",
+    "force_outputs_fp32",
+    "strict_ddp_mode",
+    "search_range_m",
+    "hidden_dim",
+    "min_chunk_size_m",
+    "memstats",
+    "gpu_margin_mem_ratio",
+    "initial_scale",
+    "min_scale",
+    "growth_factor",
+    "backoff_factor",
+    "growth_interval",
+    "hysteresis",
+    "max_scale",
+    "max_norm",
+    "norm_type",
+    "tp_size",
+    "extra_dp_size",
+    "enable_all_optimization",
+    "enable_fused_normalization",
+    "enable_flash_attention",
+    "enable_sequence_parallelism",
+    "enable_jit_fused",
+    "enable_sequence_overlap",
+    "enable_async_reduce",
+    "use_fp8",
+    "fp8_communication",
+    "enable_tensor_parallelism",
+    "verbose",
+]
+"""The arguments of GeminiPlugin; only names count, since their order changed between releases."""
+
+MOE = ["ep_size", "moe_dp_outside", "overlap_p2p", "use_ep_inside", "checkpoint_io", "dp_outside"]
+"""What MoeHybridParallelPlugin takes beside the arguments of HybridParallelPlugin."""
+
+_KERNEL = "It chooses kernels; what is computed, and how it is split, is the same."
+_SCALER = "It belongs to the loss scaler of fp16; seqloom's own starts and grows by its own rule."
+_BUCKET = "It sizes or overlaps communication; what is sent to whom, and the result, are the same."
+_GEMINI = "It tunes Gemini's chunks and memory; seqloom shards each layer's parameters as a whole."
+_FP8 = "seqloom neither computes nor sends in fp8; numbers are those of the precision."
+_MEASURE = "It is about the measurement or its data; it does not enter the plan."
+
+_GROUPS = {
+    _KERNEL: "enable_jit_fused enable_fused_normalization enable_metadata_cache -x --xformers",
+    _SCALER: "initial_scale min_scale growth_factor backoff_factor growth_interval hysteresis max_scale",
+    _BUCKET: (
+        "broadcast_buffers ddp_bucket_cap_mb find_unused_parameters check_reduction gradient_as_bucket_view "
+        "static_graph "
+        "zero_bucket_size_in_m communication_dtype overlap_communication overlap_p2p overlap_allgather "
+        "enable_sequence_overlap "
+        "enable_async_reduce --overlap_p2p --overlap_allgather --disable-async-reduce"
+    ),
+    _GEMINI: (
+        "chunk_config_dict chunk_init_device enable_gradient_accumulation max_prefetch warmup_non_model_data_ratio "
+        "steady_cuda_cap_ratio master_weights pin_memory force_outputs_fp32 strict_ddp_mode search_range_m hidden_dim "
+        "min_chunk_size_m memstats gpu_margin_mem_ratio norm_type verbose --prefetch_num --no_cache -w --warmup_ratio "
+        "-m --memory_limit"
+    ),
+    _FP8: "fp8_communication use_fp8 --use_fp8_comm --use_fp8",
+    _MEASURE: "-s --num_steps -i --ignore_steps --profile --nsys --debug",
+}
+
+BY_NAME: dict[str, tuple[Verdict, str]] = {
+    "enable_all_optimization": (
+        "mapped",
+        "Flash attention and fused kernels: seqloom's attention never builds the matrix of scores anyway. The "
+        "documentation "
+        "says that it turns sequence parallelism on too; their code does not, and neither does this.",
+    ),
+    "enable_flash_attention": ("mapped", "seqloom's attention never builds the matrix of scores; this is always so."),
+    "parallel_output": (
+        "no effect",
+        "The loss is always computed on each rank's own tokens or part of the vocabulary.",
+    ),
+    "make_vocab_size_divisible_by": ("no effect", "A vocabulary of any size is split, without padding."),
+    "custom_policy": ("no effect", "Models are split by seqloom's own plans of their family."),
+    "gradient_checkpoint_config": (
+        "no effect",
+        "It refines recomputation that the model switches on; set recompute= in the plan.",
+    ),
+    "scheduler_nodes": ("no effect", "zbv's schedule is derived here, from the plan."),
+    "moe_dp_outside": ("no effect", "It orders ranks; see the note on rank order."),
+    "max_norm": ("mapped", "train.schedule.clip."),
+    "verbose": ("no effect", "seqloom prints its own progress."),
+    "TENSOR_SHAPE": ("no effect", "Stages tell each other the shapes they send."),
+    "clip_grad_norm": ("mapped", "train.schedule.clip."),
+    "cudnn_benchmark": ("no effect", _KERNEL),
+    "seed": ("mapped", "train.schedule.seed."),
+}
+"""Options with a sentence of their own."""
+
+_REASONS = {name: why for why, names in _GROUPS.items() for name in names.split()}
+
+
+def untouched(name: str) -> tuple[Verdict, str]:
+    """The verdict and reason of an option that no rule reads."""
+    if name in BY_NAME:
+        return BY_NAME[name]
+    return "no effect", _REASONS.get(name, "It says nothing about how a run is split; it does not enter the plan.")

@@ -1,0 +1,165 @@
+"""Python files read as syntax trees: calls, constants and sums, never run."""
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from seqloom.dialects.ledger import Unread
+from seqloom.dialects.sums import combine, parse
+from seqloom.errors import DialectError
+
+MOST_NODES = 200_000
+"""The most nodes of a file's tree."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python file: its tree, and the names it binds once to a value that is written out."""
+
+    tree: ast.Module
+    constants: Mapping[str, ast.expr]
+
+    @classmethod
+    def read(cls, text: str) -> "Source":
+        """The tree of a text. Raises DialectError where it is no Python."""
+        try:
+            tree = parse(text, "exec")
+            count = sum(1 for _ in ast.walk(tree))
+        except ValueError as error:
+            raise DialectError(f"The settings cannot be read: {error}.") from error
+        if count > MOST_NODES or not isinstance(tree, ast.Module):
+            raise DialectError(f"The file holds more than {MOST_NODES:,} nodes; give the settings of one run.")
+        return cls(tree, _bound_once(tree))
+
+    def calls(self, names: Sequence[str]) -> Iterator[tuple[str, ast.Call]]:
+        """(name, call) of every call of one of `names`, however it was imported, in the file's order."""
+        found = [
+            (node.lineno, name, node)
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Call) and (name := _last(node.func)) in names
+        ]
+        for _, name, node in sorted(found, key=lambda one: one[0]):
+            yield name, node
+
+    def value(self, node: ast.AST, depth: int = 0) -> Any:
+        """What an expression stands for: literals, sums of them, and names bound once to such; else Unread."""
+        try:
+            return self._value(node, depth)
+        except (ValueError, RecursionError) as error:
+            why = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+            return Unread(_source(node), f"{why}, and no file is run here")
+
+    def _value(self, node: ast.AST, depth: int) -> Any:
+        if depth > 50:
+            raise ValueError("it is nested too deeply")
+        if isinstance(node, ast.Constant):
+            if node.value is Ellipsis or isinstance(node.value, (bytes, complex)):
+                raise ValueError("it is no plain literal")
+            return node.value
+        if isinstance(node, (ast.List, ast.Tuple)):
+            return [self._value(each, depth + 1) for each in node.elts]
+        if isinstance(node, ast.Dict):
+            return {key: value for key, value in self._pairs(node, depth)}
+        if isinstance(node, ast.Call) and _last(node.func) == "dict" and not node.args:
+            return self.keywords(node, depth + 1)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd, ast.Not)):
+            inner = self._value(node.operand, depth + 1)
+            if isinstance(node.op, ast.Not):
+                return not inner
+            if not isinstance(inner, (int, float)):
+                raise ValueError("it is no number")
+            return -inner if isinstance(node.op, ast.USub) else inner
+        if isinstance(node, ast.BinOp):
+            left, right = self._value(node.left, depth + 1), self._value(node.right, depth + 1)
+            if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
+                raise ValueError("it is not a sum of numbers")
+            return combine(node.op, left, right)
+        if isinstance(node, ast.Name) and node.id in self.constants:
+            return self._value(self.constants[node.id], depth + 1)
+        raise ValueError("it is not a literal")
+
+    def _pairs(self, node: ast.Dict, depth: int) -> Iterator[tuple[str, Any]]:
+        for key, value in zip(node.keys, node.values, strict=True):
+            if key is None:
+                inner = self._value(value, depth + 1)
+                if not isinstance(inner, dict):
+                    raise ValueError("it is not a literal")
+                yield from inner.items()
+            else:
+                yield str(self._value(key, depth + 1)), self.value(value, depth + 1)
+
+    def keywords(self, call: ast.Call, depth: int = 0) -> dict[str, Any]:
+        """The keyword arguments of a call, those of ** too. Raises ValueError where they are not written out."""
+        found: dict[str, Any] = {}
+        for keyword in call.keywords:
+            if keyword.arg is not None:
+                found[keyword.arg] = self.value(keyword.value, depth + 1)
+                continue
+            inner = self._value(keyword.value, depth + 1)
+            if not isinstance(inner, dict):
+                raise ValueError("** is given something that is not a literal")
+            found |= inner
+        return found
+
+    def arguments(self, call: ast.Call, names: Sequence[str]) -> dict[str, Any]:
+        """The arguments of a call by name, `names` being those that may be given by place.
+
+        Raises DialectError where they are not all written out.
+        """
+        if any(isinstance(arg, ast.Starred) for arg in call.args) or len(call.args) > len(names):
+            raise DialectError(
+                f"{_last(call.func)} at line {call.lineno} takes arguments that are not named; name them."
+            )
+        placed = {name: self.value(arg) for name, arg in zip(names, call.args, strict=False)}
+        try:
+            return placed | self.keywords(call)
+        except (ValueError, RecursionError) as error:
+            raise DialectError(
+                f"{_last(call.func)} at line {call.lineno} is given ** of something that is not a literal, and no "
+                "file is "
+                "run here; write its arguments out."
+            ) from error
+
+    def assignments(self) -> Iterator[tuple[str, ast.expr]]:
+        """(name, value) of every assignment at the top of the file."""
+        for node in self.tree.body:
+            if isinstance(node, ast.Assign):
+                for target in node.targets:
+                    if isinstance(target, ast.Name):
+                        yield target.id, node.value
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+                yield node.target.id, node.value
+
+
+def _bound_once(tree: ast.Module) -> dict[str, ast.expr]:
+    """Names that the whole file binds once, by a plain assignment."""
+    values: dict[str, ast.expr] = {}
+    times: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            values[node.targets[0].id] = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            values[node.target.id] = node.value
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            times[node.id] = times.get(node.id, 0) + 1
+        elif isinstance(node, ast.arg):
+            times[node.arg] = times.get(node.arg, 0) + 2
+        elif isinstance(node, (ast.Global, ast.Nonlocal)):
+            times |= {name: 2 for name in node.names}
+        elif isinstance(node, ast.alias):
+            times[node.asname or node.name] = 2
+    return {name: value for name, value in values.items() if times.get(name) == 1}
+
+
+def _last(node: ast.expr) -> str:
+    """The last name of `a.b.c`, or of `c`; empty for anything else."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _source(node: ast.AST) -> str:
+    try:
+        text = ast.unparse(node)
+    except (RecursionError, ValueError):
+        return "an expression"
+    return text if len(text) <= 200 else text[:197] + "..."
