@@ -377,3 +377,114 @@ COLOSSALAI = {
         (("S", "no effect", ""),),
     ),
 }
+
+
+def _yaml(config: str, model: str = "", more: str = "") -> str:
+    """A static-graph file: parallel_config, model_config and further lines, as flow mappings."""
+    return (
+        f"use_parallel: True\nparallel: {{parallel_mode: 1}}\nparallel_config: {{{config}}}\n"
+        f"model: {{model_config: {{{model}}}}}\n{more}\n"
+    )
+
+
+MINDFORMERS = {
+    "a ring of 131072 tokens": Case(
+        _yaml(
+            "data_parallel: 1, model_parallel: 2, pipeline_stage: 2, context_parallel: 16, micro_batch_num: 64",
+            "seq_length: 131072, use_flash_attention: True, use_ring_attention: True",
+            "runner_config: {batch_size: 1}",
+        ),
+        64,
+        "tensor=2 pipeline=2 ring=16 layout=contiguous sequence_parallel=false",
+        {"global_batch": 64, "accumulate": 64, "sequence_length": 131072},
+    ),
+    "an all-gather with sequence parallelism": Case(
+        "parallel: {enable_alltoall: True, parallel_mode: 1}\n"
+        + _yaml(
+            "data_parallel: 1, model_parallel: 8, context_parallel: 16, pipeline_stage: 1, expert_parallel: 16, "
+            "use_seq_parallel: True",
+            "seq_length: 4096, use_flash_attention: True, use_attn_mask_compression: True",
+        ).replace("parallel: {parallel_mode: 1}\n", ""),
+        128,
+        "tensor=8 ring=16 exchange=gather layout=contiguous expert=16 expert_tensor=8",
+        {},
+        (
+            ("parallel_config.use_seq_parallel", "mapped", "incompatible"),
+            ("model.model_config.use_attn_mask_compression", "mapped", "16,777,216 bytes"),
+            ("parallel.enable_alltoall", "no effect", ""),
+        ),
+    ),
+    "tensor and pipeline": Case(
+        _yaml(
+            "data_parallel: 1, model_parallel: 8, pipeline_stage: 8, context_parallel: 1, use_seq_parallel: True, "
+            "micro_batch_num: 8",
+            "use_flash_attention: True, use_attn_mask_compression: True, seq_length: 2048",
+        ),
+        64,
+        "tensor=8 pipeline=8",
+    ),
+    "gradients gathered over 64 micro-batches": Case(
+        _yaml(
+            "data_parallel: 4, model_parallel: 2, pipeline_stage: 1, use_seq_parallel: True",
+            "",
+            "runner_config: {batch_size: 2, gradient_accumulation_steps: 64}",
+        ),
+        8,
+        "data=4 tensor=2",
+        {"global_batch": 512, "micro_batch": 2, "accumulate": 64},
+    ),
+    "experts in data": Case(
+        _yaml("data_parallel: 2, model_parallel: 4, pipeline_stage: 4, expert_parallel: 2, micro_batch_num: 8"),
+        32,
+        "data=2 tensor=4 pipeline=4 expert=2 expert_tensor=4 sequence_parallel=false",
+        {"global_batch": 16},
+    ),
+    "ulysses": Case(
+        "parallel: {enable_alltoall: True}\nparallel_config: {context_parallel: 2, context_parallel_algo: ulysses_cp}\n"
+        "model: {model_config: {use_flash_attention: True, num_heads: 8, n_kv_heads: 2}}",
+        2,
+        "ulysses=2",
+    ),
+    "a hybrid": Case(
+        _yaml(
+            "context_parallel: 16, context_parallel_algo: hybrid_cp, ulysses_degree_in_cp: 8",
+            "use_flash_attention: True",
+        ),
+        16,
+        "ring=2 ulysses=8 exchange=gather layout=contiguous",
+        {},
+        (("parallel_config.ulysses_degree_in_cp", "mapped", "context 16 / ulysses 8 = 2"),),
+    ),
+    "context 8 with ulysses 2 and a ring": Case(
+        _yaml(
+            "context_parallel: 8, context_parallel_algo: hybrid_cp, ulysses_degree_in_cp: 2",
+            "use_flash_attention: True, use_ring_attention: True",
+        ),
+        8,
+        "ring=4 ulysses=2 layout=contiguous",
+    ),
+    "context without flash attention": Case(
+        _yaml("context_parallel: 2"),
+        2,
+        "ring=2 exchange=gather layout=contiguous",
+        {},
+        (("use_flash_attention", "changed", "refused there"),),
+    ),
+    "the newer hybrid": Case(
+        "parallelism: {context_parallel: 4, context_parallel_method: hybrid, ulysses_degree_in_cp: 2}",
+        4,
+        "ring=2 ulysses=2 exchange=gather layout=contiguous",
+    ),
+    "a model with its optimizer shared out": Case(
+        _yaml(
+            "data_parallel: 8, model_parallel: 1",
+            "type: LlamaConfig, hidden_size: 4096, num_layers: 32, num_heads: 32, vocab_size: 32000, seq_length: 4096, "
+            "compute_dtype: bfloat16, use_flash_attention: True",
+            "trainer: {model_name: llama2_7b}\nrecompute_config: {recompute: True}",
+        ).replace("parallel_mode: 1", "parallel_mode: semi_auto_parallel, enable_parallel_optimizer: True"),
+        None,
+        "data=8 zero=1 recompute=full",
+        {"precision": "bf16", "recompute": "full"},
+        (("model", "mapped", "llama2-7b"),),
+    ),
+}

@@ -2,13 +2,13 @@
 
 import pytest
 
-from dialects.cases import COLOSSALAI, MEGATRON, Case
+from dialects.cases import COLOSSALAI, MEGATRON, MINDFORMERS, Case
 from seqloom.dialects import translate
 from seqloom.plan import Plan
 
 CASES = [
     pytest.param(dialect, case, id=f"{dialect}: {name}")
-    for dialect, cases in (("colossalai", COLOSSALAI), ("megatron", MEGATRON))
+    for dialect, cases in (("colossalai", COLOSSALAI), ("megatron", MEGATRON), ("mindformers", MINDFORMERS))
     for name, case in cases.items()
 ]
 

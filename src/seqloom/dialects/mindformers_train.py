@@ -1,0 +1,140 @@
+"""What MindFormers' YAML says of batches, recomputation, precision and the schedule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from seqloom.dialects.ledger import Ledger, plain
+from seqloom.dialects.mindformers_model import find
+from seqloom.dialects.mindformers_options import SCHEDULE
+
+CONFIG = "recompute_config."
+
+
+def training(ledger: Ledger, fields: Mapping[str, Any], length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`train` of a translation, fields of the plan that go with it)."""
+    recompute = _recompute(ledger, fields.get("pipeline", 1))
+    schedule = {}
+    for name, key in SCHEDULE.items():
+        if ledger.given.get(name) is not None:
+            schedule[key] = plain(ledger.get(name))
+            ledger.mapped(f"train.schedule.{key}.", name)
+    train = {
+        "sequence_length": length,
+        **_batch(ledger, fields["data"], fields.get("pipeline", 1)),
+        "ramp_up": None,
+        "recompute": recompute,
+        "precision": _precision(ledger),
+        "schedule": schedule,
+    }
+    return train, {"recompute": recompute}
+
+
+def _batch(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
+    """Rows of a micro-batch on each data rank, micro-batches, and their product over the data ranks."""
+    rows = next(
+        (
+            name
+            for name in ("runner_config.batch_size", "train_dataset.batch_size", "training.local_batch_size")
+            if name in ledger
+        ),
+        None,
+    )
+    micro = ledger.whole(rows) if rows else None
+    number, gather = "parallel_config.micro_batch_num", "runner_config.gradient_accumulation_steps"
+    interleave = "micro_batch_interleave_num"
+    if interleave not in ledger:
+        interleave = "parallel_config.micro_batch_interleave_num"
+    several = ledger.whole(number)
+    steps = ledger.whole(gather)
+    times = ledger.whole(interleave)
+    if pipeline > 1:
+        if several < pipeline:
+            ledger.note(
+                number,
+                "changed",
+                f"{several} is below pipeline_stage {pipeline}, which is refused there; stages idle here.",
+            )
+        ledger.changed("Their trainer sets it to 1 beside a pipeline.", gather) if steps > 1 else None
+        accumulate = several * times
+        ledger.mapped(f"{several} micro-batches.", number)
+    else:
+        accumulate = steps * times
+        if several > 1:
+            ledger.note(number, "changed", "Without a pipeline their trainer sets it to 1.")
+        ledger.mapped("One.", number)
+    ledger.mapped("Micro-batches of a step.", gather, interleave)
+    if rows:
+        ledger.mapped(f"Rows of a micro-batch on each of {data} data ranks.", rows)
+    batch = "training.global_batch_size"
+    total = micro * data * accumulate if micro else data * accumulate
+    if micro is None:
+        ledger.note("batch_size", "changed", f"Not said: taken as 1, so the global batch is {total}.")
+    if batch in ledger:
+        total = ledger.whole(batch)
+        accumulate = max(1, total // ((micro or 1) * data))
+        ledger.mapped("train.batch.", batch)
+    return {"micro_batch": micro or 1, "accumulate": accumulate, "global_batch": total}
+
+
+def _recompute(ledger: Ledger, pipeline: int) -> str:
+    """The plan's word: a switch is all layers, a list the first so many of each stage."""
+    name = CONFIG + "recompute"
+    if name not in ledger and "recompute.mode" in ledger:
+        name = "recompute.mode"
+    given = ledger.get(name)
+    ledger.no_effect(
+        "It keeps or repeats single operations; the result is the same.",
+        *(
+            one
+            for one in ledger.given
+            if one.startswith(
+                (CONFIG + "select", CONFIG + "mp_comm", CONFIG + "parallel_optimizer", CONFIG + "recompute_slice")
+            )
+        ),
+    )
+    if given in (None, False, 0, "None", "none"):
+        ledger.mapped("recompute=none.", name)
+        return "none"
+    if given in (True, "full"):
+        ledger.mapped("recompute=full.", name)
+        return "full"
+    if type(given) is int and given > 0:
+        given = [given] * pipeline
+    if isinstance(given, list) and given and all(type(each) is int and 0 <= each < 100_000 for each in given):
+        if len(given) > pipeline:
+            ledger.refuse(
+                name, f"{name} lists {len(given)} stages, more than pipeline_stage {pipeline}; make it as long."
+            )
+            return "none"
+        words = [f"full:block:{each}" if each else "none" for each in given]
+        words += ["none"] * (pipeline - len(words))
+        found = "/".join(words) if len(set(words)) > 1 else words[0]
+        ledger.mapped(f"recompute={found}: the first so many layers of each stage.", name)
+        return found
+    ledger.note(
+        name,
+        "changed",
+        "Not a switch or a list of whole numbers; recompute=full, the same result with more to compute.",
+    )
+    return "full"
+
+
+_PRECISIONS = {
+    "bfloat16": "bf16",
+    "bf16": "bf16",
+    "float16": "fp16",
+    "fp16": "fp16",
+    "float32": "float32",
+    "fp32": "float32",
+}
+
+
+def _precision(ledger: Ledger) -> str:
+    name = find(ledger, "compute_dtype")
+    if name is None:
+        return "fp16" if find(ledger, "param_init_type") else "float32"
+    given = str(ledger.get(name)).lower()
+    if given not in _PRECISIONS:
+        ledger.refuse(name, f"{name} is '{given[:40]}'; it is one of bfloat16, float16, float32.")
+    ledger.mapped("train.precision.", name)
+    return _PRECISIONS.get(given, "float32")
