@@ -75,6 +75,7 @@ class DialectError(SeqloomError):
     """
 
     def __init__(self, reasons: str | Sequence[str], notes: Sequence[object] = ()) -> None:
-        self.reasons = (reasons,) if isinstance(reasons, str) else tuple(reasons)
+        given = (reasons,) if isinstance(reasons, str) else reasons
+        self.reasons = tuple(" ".join(reason.split()) for reason in given)  # values of files may hold line ends
         self.notes = tuple(notes)
         super().__init__(" Also: ".join(self.reasons))

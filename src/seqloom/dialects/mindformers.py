@@ -144,6 +144,8 @@ def _reset(ledger: Ledger, world: int | None) -> dict[str, Any]:
         "use_seq_parallel",
     )
     ledger.changed(why, *(CONFIG + name for name in degrees))
+    if alone and world not in (None, 1):
+        ledger.refuse("use_parallel", f"use_parallel is off, which is one process, but --world is {world}; turn it on.")
     if alone:
         return {"data": 1}
     if world is None:
