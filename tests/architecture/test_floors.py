@@ -135,7 +135,9 @@ def test_the_rooms_below_fabric_import_no_torch() -> None:
     assert len(list(heavy_imports(example("seqloom.plan.x", "def f():\n    import torch.nn")))) == 1
 
 
-@pytest.mark.parametrize("name", ["seqloom", "seqloom.errors", "seqloom.geometry", "seqloom.plan", "seqloom.planner"])
+@pytest.mark.parametrize(
+    "name", ["seqloom", "seqloom.errors", "seqloom.geometry", "seqloom.plan", "seqloom.planner", "seqloom.dialects"]
+)
 def test_importing_them_leaves_torch_unloaded(name: str) -> None:
     """Catches torch loaded indirectly, through something these rooms import or a package on the way to them."""
     code = f"import {name}, sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"

@@ -95,6 +95,33 @@ def test_rank_order(pool: Pool, text: str) -> None:
             assert found["heard"][name] == sum(1 << r for r in ranks)
 
 
+ORDERS = [
+    ("ulysses-tensor-ring-pipeline-data", "data=2 tensor=2 ulysses=2"),
+    ("tensor-ulysses-ring-pipeline-data", "data=2 ring=2 pipeline=2"),
+    ("data-pipeline-ring-tensor-ulysses", "ring=3 tensor=2"),
+]
+
+
+@pytest.mark.parametrize(("order", "text"), ORDERS)
+def test_another_rank_order(pool: Pool, order: str, text: str) -> None:
+    """Catches an axis whose members are those of our order, or counted otherwise than its group counts them."""
+    plan = Plan.parse(f"{text} order={order}")
+    slowest = list(reversed(order.split("-")))
+    grid = torch.arange(plan.world_size).view([getattr(plan, name) for name in slowest])
+    for rank, found in enumerate(pool.run(plan.world_size, place, str(plan))):
+        at = torch.nonzero(grid == rank)[0].tolist()
+
+        def members(*names: str, at: list[int] = at) -> list[int]:
+            line: list[Any] = [slice(None) if name in names else at[dim] for dim, name in enumerate(slowest)]
+            return grid[tuple(line)].flatten().tolist()
+
+        axes = {name: members(name) for name in AXES} | {"replicas": members("data", "ring", "ulysses")}
+        for name, ranks in (axes | {"world": list(range(plan.world_size))}).items():
+            assert found["members"][name] == ranks
+            assert found["heard"][name] == sum(1 << r for r in ranks)
+            assert found["places"][name] == (name, ranks.index(rank), len(ranks))
+
+
 def build(text: str) -> None:
     Fabric.build(Plan.parse(text))
 

@@ -526,6 +526,12 @@ REFUSALS: dict[str, Refused] = {
     "number": (lambda: Plan(ring=0), "ring=0", "from 1 to 65,536."),
     "word": (lambda: Plan.parse("layout=zig"), "layout=zig", "one of zigzag, contiguous, striped, balanced."),
     "plan too large": (lambda: Plan(ring=65_536, data=2), "131,072 processes", "the most is 65,536."),
+    "order": (lambda: Plan(order="ring-data"), "order=ring-data", "as tensor-ulysses-ring-data-pipeline."),
+    "order of a grid": (
+        lambda: Plan(tensor=4, tensor_kind="2d", order="data-tensor-ulysses-ring-pipeline"),
+        "does not begin with tensor",
+        "put tensor first, or use tensor_kind=1d.",
+    ),
     "inner ring": (lambda: Plan(ring=8, inner_ring=3), "inner_ring=3", "ring=8; nearest to it do 2 and 4."),
     "inner ring of another exchange": (
         lambda: Plan(ring=8, inner_ring=2, exchange="gather"),

@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import fields
+from itertools import permutations
 from math import prod
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -23,6 +24,7 @@ def values(name: str) -> st.SearchStrategy[Any]:
     if get_origin(TYPES[name]) is Literal:
         return st.sampled_from(get_args(TYPES[name]))
     words = {"stages": ["3", "3-5"], "recompute": ["selective", "full:uniform:2/none", "full:block:3"]}
+    words["order"] = [f"tensor-{'-'.join(rest)}" for rest in permutations(["ulysses", "ring", "data", "pipeline"])]
     if name in words:
         return st.sampled_from(words[name])
     return st.booleans() if TYPES[name] is bool else st.integers(1, 5)
@@ -188,6 +190,28 @@ def test_the_constructor_names_every_wrong_field() -> None:
 )
 def test_an_inner_ring_that_cannot_be(text: str, message: str) -> None:
     """Catches an inner ring that leaves ranks over, and one accepted by an exchange that never looks at it."""
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text)
+    assert caught.value.reasons == (message,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("order=x1", "order=x1 is no order of axes; it names each of them once, as tensor-ulysses-ring-data-pipeline."),
+        (
+            "order=ring-data",
+            "order=ring-data is no order of axes; it names each of them once, as tensor-ulysses-ring-data-pipeline.",
+        ),
+        (
+            "tensor=4 tensor_kind=2d order=ulysses-tensor-ring-data-pipeline",
+            "order=ulysses-tensor-ring-data-pipeline does not begin with tensor, as tensor_kind=2d needs, whose token "
+            "axes join those of attention; put tensor first, or use tensor_kind=1d.",
+        ),
+    ],
+)
+def test_a_rank_order_that_cannot_be(text: str, message: str) -> None:
+    """Catches an order that leaves an axis out, and one in which a grid's token axes are counted wrongly."""
     with pytest.raises(PlanError) as caught:
         Plan.parse(text)
     assert caught.value.reasons == (message,)

@@ -18,7 +18,7 @@ from seqloom.dialects.translation import Draft, Translation, conclude
 from seqloom.errors import DialectError
 
 PLUGINS = {"HybridParallelPlugin": HYBRID, "MoeHybridParallelPlugin": [*MOE, *HYBRID], "GeminiPlugin": GEMINI}
-OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "LowLevelZeroPlugin": {"tp_size": 1, "pp_size": 1, "zero_stage": 1},
     "TorchDDPPlugin": {"tp_size": 1, "pp_size": 1, "precision": "fp32"},
 }

@@ -39,12 +39,12 @@ def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] |
     kind = _family(ledger)
     like = {key: value for key, value in sizes.items() if key != "head_dim"}
     if named and named[1]["model_type"] in (kind, "qwen2", "qwen3") and _agrees(named[1], like):
-        found: tuple[str, dict[str, Any]] | None = named
+        like_it: tuple[str, dict[str, Any]] | None = named
     else:
-        found = by_sizes(kind, {"num_key_value_heads": sizes["num_attention_heads"], **like})
-    config = full(found[1]) if found else {"model_type": kind}
-    if found:
-        ledger.note("model", "mapped", f"Its sizes are those of {found[0]}.{_qwen(found[0])}", value=found[0])
+        like_it = by_sizes(kind, {"num_key_value_heads": sizes["num_attention_heads"], **like})
+    config = full(like_it[1]) if like_it else {"model_type": kind}
+    if like_it:
+        ledger.note("model", "mapped", f"Its sizes are those of {like_it[0]}.{_qwen(like_it[0])}", value=like_it[0])
     return _filled(ledger, config, sizes, length)
 
 
@@ -112,7 +112,7 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
     return family(config["model_type"], config)
 
 
-_DROPOUTS = {
+_DROPOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {"--attention-dropout": ("attn_pdrop",), "--hidden-dropout": ("resid_pdrop", "embd_pdrop")},
     "bloom": {"--attention-dropout": ("attention_dropout",), "--hidden-dropout": ("hidden_dropout",)},
 }

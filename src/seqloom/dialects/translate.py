@@ -1,14 +1,18 @@
 """One door to every dialect: a file, or the settings themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from seqloom.dialects import colossalai, megatron, mindformers
 from seqloom.dialects.translation import Translation
 from seqloom.errors import DialectError
 
-DIALECTS = {"colossalai": colossalai, "megatron": megatron, "mindformers": mindformers}
-"""The systems whose settings are read, each a module with the same `translate`."""
+DIALECTS: dict[str, Callable[..., Translation]] = {
+    "colossalai": colossalai.translate,
+    "megatron": megatron.translate,
+    "mindformers": mindformers.translate,
+}
+"""The systems whose settings are read."""
 
 MOST_BYTES = 200_000
 """The largest file that is read."""
@@ -42,7 +46,7 @@ def translate(
         raise DialectError(f"The settings are longer than {MOST_BYTES:,} characters; give those of one run.")
     path = _file(settings)
     text = None if path is None else _text(path)
-    return DIALECTS[dialect].translate(
+    return DIALECTS[dialect](
         text if text is not None else settings[0] if len(settings) == 1 else list(settings),
         world=world,
         version=version,

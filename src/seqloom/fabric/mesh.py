@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from seqloom.fabric.watch import Watch
 from seqloom.plan import Plan
 
 AXES = ("pipeline", "data", "ring", "ulysses")
-"""Mesh axes, slowest first, before those of the tensor grid: neighbouring ranks share a tensor group."""
+"""Mesh axes, slowest first, before those of the tensor grid, in a plan's own order of ranks."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Fabric:
         axes = _axes(plan, rank, group_of)
         if plan.tensor > 1 and 1 in plan.tensor_grid.sizes:
             group_of(tuple((one,) for one in range(world)))  # DTensor asks for a group of one too
-        mesh = _mesh(plan, device, axes["grid"], rank, made) if plan.tensor > 1 else None
+        mesh = _mesh(plan, device, axes, rank, made) if plan.tensor > 1 else None
         groups = tuple(group for ranks, group in made.items() if len(ranks) < world)
         if device.type == "cuda":
             # NCCL asks all ranks of a group to take part in its first call, and the first trade may be between a few.
@@ -149,13 +150,13 @@ def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.Proc
     """The axes of `Fabric`, as `rank` stands on them."""
     meter, grid = Meter(), plan.tensor_grid.axes
     sizes = {**{name: getattr(plan, name) for name in AXES}, **grid}
-    ranks = torch.arange(plan.world_size, device="cpu").view(*sizes.values())
+    ordered = [name for axis in reversed(plan.axis_order) for name in (grid if axis == "tensor" else (axis,))]
+    ranks = torch.arange(plan.world_size, device="cpu").view(*(sizes[name] for name in ordered))
 
     def families(*names: str) -> Families:
-        order = [*(i for i, name in enumerate(sizes) if name not in names), *map(list(sizes).index, names)]
-        length = 1
-        for name in names:
-            length *= sizes[name]
+        last = sorted(map(ordered.index, names))  # a group counts its members by number
+        order = [*(i for i in range(len(ordered)) if i not in last), *last]
+        length = prod(sizes[name] for name in names)
         return tuple(map(tuple, ranks.permute(order).reshape(-1, length).tolist()))
 
     def place(name: str, found: Families) -> Axis:
@@ -225,12 +226,13 @@ def _ends(
 def _mesh(
     plan: Plan,
     device: torch.device,
-    grid: dict[str, Axis],
+    axes: Mapping[str, Any],
     rank: int,
     made: Mapping[tuple[int, ...], distributed.ProcessGroup],
 ) -> DeviceMesh:
     """This rank's tensor group as parameters know it, made of the groups there are."""
-    first = rank - rank % plan.tensor
-    ranks = torch.arange(first, first + plan.tensor).view(*plan.tensor_grid.sizes)
+    grid: dict[str, Axis] = axes["grid"]
+    mine = distributed.get_process_group_ranks(axes["tensor"].group)
+    ranks = torch.tensor(mine, device="cpu").view(*plan.tensor_grid.sizes)
     groups = [axis.group or made[(rank,)] for axis in grid.values()]
     return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(grid))

@@ -20,6 +20,9 @@ Kept = Literal["whole", "partitioned", "offloaded"]
 MOST = 65_536
 """The largest degree of an axis, and the most processes of a plan."""
 
+ORDER = "tensor-ulysses-ring-data-pipeline"
+"""How ranks are numbered where a plan does not say: those of a tensor group are neighbours."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -61,6 +64,8 @@ class Plan:
         the next such group (a double ring); it divides `ring`. None is one ring.
     layout: which tokens a ring rank holds: `zigzag`, `contiguous`, `striped`, or `balanced`, which evens
         out the work of each batch's documents and windows.
+    order: the axes that neighbouring ranks share, fastest first, as `ulysses-tensor-ring-pipeline-data`; None is
+        `tensor-ulysses-ring-data-pipeline`. Other systems number their ranks otherwise.
 
     >>> str(Plan(ring=2, ulysses=2))
     'ring=2 ulysses=2'
@@ -93,15 +98,21 @@ class Plan:
     exchange: Exchange = "ring"
     inner_ring: int | None = None
     layout: LayoutKind = "zigzag"
+    order: str | None = None
 
     def __post_init__(self) -> None:
         reasons = [reason for f in fields(self) if (reason := _wrong(f.name, getattr(self, f.name)))]
         if not reasons:
-            reasons = list(_wrong_tensor(self)) or list(_wrong_inner_ring(self))
+            reasons = list(_wrong_tensor(self)) or [*_wrong_inner_ring(self), *_wrong_order(self)]
         if not reasons and self.world_size > MOST:
             reasons = [f"The plan takes {self.world_size:,} processes; the most is {MOST:,}."]
         if reasons:
             raise PlanError(reasons)
+
+    @property
+    def axis_order(self) -> tuple[str, ...]:
+        """The axes of the mesh by how fast the rank's number runs along them, fastest first."""
+        return tuple((self.order or ORDER).split("-"))
 
     @property
     def tensor_grid(self) -> Grid:
@@ -223,6 +234,7 @@ def _wrong(name: str, value: object) -> str | None:
 
 _RECOMPUTED = r"(none|selective|full(:(uniform|block):[1-9]\d{0,4})?)"
 _PATTERNS = {
+    "order": (re.compile(r"[a-z]+(-[a-z]+)*"), f"order of axes; it names each of them once, as {ORDER}"),
     "stages": (re.compile(r"\d{1,5}(-\d{1,5})*"), "list of layers; write those of each stage in order, as stages=3-5"),
     "recompute": (
         re.compile(f"{_RECOMPUTED}(/{_RECOMPUTED})*"),
@@ -332,6 +344,16 @@ def _wrong_inner_ring(plan: Plan) -> Iterator[str]:
         yield (
             f"inner_ring={inner} cuts the ring of exchange=ring in two, and exchange={plan.exchange} has none; "
             "leave inner_ring out or use exchange=ring."
+        )
+
+
+def _wrong_order(plan: Plan) -> Iterator[str]:
+    if sorted(plan.axis_order) != sorted(ORDER.split("-")):
+        yield f"order={plan.order} is no order of axes; it names each of them once, as {ORDER}."
+    elif plan.tensor_kind != "1d" and plan.axis_order[0] != "tensor":
+        yield (
+            f"order={plan.order} does not begin with tensor, as tensor_kind={plan.tensor_kind} needs, whose token axes "
+            "join those of attention; put tensor first, or use tensor_kind=1d."
         )
 
 

@@ -53,7 +53,7 @@ class Place:
         return Place(self.ring, self.ulysses - self.ulysses % grid.tokens + number, heads)
 
     def rank(self, plan: Plan, *, data: int = 0, pipeline: int = 0) -> int:
-        """The number of the process: the tensor grid counts fastest, then ulysses, ring, data, pipeline.
+        """The number of the process, by the plan's order of ranks.
 
         >>> Place(ring=3, heads=1).rank(Plan(data=2, ring=2, tensor=4, tensor_kind="2d"), data=1)
         15
@@ -61,9 +61,14 @@ class Place:
         grid, here = plan.tensor_grid, self.on_grid(plan)
         ring = self.ring // (grid.tokens if plan.tensor_tokens == "ring" else 1)
         ulysses = self.ulysses // (grid.tokens if plan.tensor_tokens == "ulysses" else 1)
-        number = ((pipeline * plan.data + data) * plan.ring + ring) * plan.ulysses + ulysses
-        for axis, size in grid.axes.items():
-            number = number * size + here[axis]
+        at = {"pipeline": pipeline, "data": data, "ring": ring, "ulysses": ulysses}
+        number = 0
+        for axis in reversed(plan.axis_order):
+            if axis == "tensor":
+                for name, size in grid.axes.items():
+                    number = number * size + here[name]
+            else:
+                number = number * getattr(plan, axis) + at[axis]
         return number
 
 
