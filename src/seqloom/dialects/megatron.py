@@ -45,14 +45,14 @@ def translate(
     ledger = Ledger(line.options)
     fields, order = _layout(ledger, line, world, version)
     length = ledger.whole("--seq-length", 0) or None
-    model = model_of(ledger, f"{title} {line.program or ''}", length)
-    fields |= zero(ledger, line, folder) | recomputation(ledger)
-    train = training(ledger, fields["data"], length, fields["pipeline"])
     heads = ledger.whole("--num-attention-heads", 0) or None
     groups = ledger.whole("--num-query-groups", 0) or heads
     check_heads(
         ledger, "--num-attention-heads", fields, heads, groups if "--group-query-attention" in ledger else heads
     )
+    model = model_of(ledger, f"{title} {line.program or ''}", length)
+    fields |= zero(ledger, line, folder) | recomputation(ledger)
+    train = training(ledger, fields["data"], length, fields["pipeline"])
     _rest(ledger, line)
     return conclude(ledger, Draft(fields, model, train, order), keep_order)
 

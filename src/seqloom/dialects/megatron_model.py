@@ -30,7 +30,8 @@ def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] |
             ledger.note("model", "mapped", f"Known by name as {named[0]}.{_qwen(named[0])}", value=named[0])
         elif any(name in ledger for name in _NEEDED):
             ledger.note("model", "no effect", "Not known: hidden size, layers and heads are not all given.")
-        ledger.no_effect("The model's sizes are not all given, so they do not enter `model`.", *_SIZES)
+        left = [name for name in _SIZES if not ledger.noted(name)]
+        ledger.no_effect("The model's sizes are not all given, so they do not enter `model`.", *left)
         return named[1] if named else None
     sizes = {key: ledger.whole(name) for name, key in _SIZES.items() if name in ledger}
     if "--group-query-attention" in ledger and "--num-query-groups" in ledger:
