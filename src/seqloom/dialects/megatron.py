@@ -105,7 +105,9 @@ def _world(ledger: Ledger, line: CommandLine, world: int | None, size: int) -> i
 
 def _context(ledger: Ledger, context: int, version: str | None) -> dict[str, Any]:
     """ring, ulysses and how they exchange."""
-    ledger.mapped(f"{context} ranks share a sequence.", "--context-parallel-size")
+    ledger.mapped(
+        f"{context} ranks share a sequence." if context > 1 else "Each sequence is whole.", "--context-parallel-size"
+    )
     algorithm = ledger.word("--context-parallel-algo", ALGORITHMS)
     kind, choice = "--context-parallel-algo", algorithm
     if context == 1:

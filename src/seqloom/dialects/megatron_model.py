@@ -37,7 +37,8 @@ def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] |
     if "--group-query-attention" in ledger and "--num-query-groups" in ledger:
         sizes["num_key_value_heads"] = ledger.whole("--num-query-groups")
     ledger.mapped("It enters `model`.", *_SIZES, "--num-query-groups", "--group-query-attention")
-    kind = _family(ledger)
+    kind = _family(ledger, title)
+    ledger.mapped(f"It names the family, {kind}.", *_FEATURES)
     like = {key: value for key, value in sizes.items() if key != "head_dim"}
     if named and named[1]["model_type"] in (kind, "qwen2", "qwen3") and _agrees(named[1], like):
         like_it: tuple[str, dict[str, Any]] | None = named
@@ -60,8 +61,20 @@ def _qwen(name: str) -> str:
     return " First-generation Qwen, which transformers lacks, runs as Qwen2 of that shape."
 
 
-def _family(ledger: Ledger) -> str:
-    """The family whose layers the flags describe."""
+_FEATURES = (
+    "--position-embedding-type",
+    "--use-rotary-position-embeddings",
+    "--swiglu",
+    "--normalization",
+    "--add-qkv-bias",
+    "--qkv-bias",
+    "--qk-layernorm",
+    "--multi-latent-attention",
+)
+
+
+def _family(ledger: Ledger, title: str) -> str:
+    """The family whose layers the flags describe, or else the program's name."""
     position = ledger.get("--position-embedding-type", "learned_absolute")
     rotary = position == "rope" or ledger.flag("--use-rotary-position-embeddings")
     if ledger.whole("--num-experts", 0, least=0) > 1:
@@ -72,7 +85,8 @@ def _family(ledger: Ledger) -> str:
         if ledger.flag("--add-qkv-bias") or ledger.flag("--qkv-bias"):
             return "qwen2"
         return "qwen3" if ledger.flag("--qk-layernorm") else "llama"
-    return "gpt2"
+    named = {"bloom": "bloom", "llama": "llama", "qwen": "qwen2"}
+    return next((family for word, family in named.items() if word in title.lower()), "gpt2")
 
 
 def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length: int | None) -> dict[str, Any]:

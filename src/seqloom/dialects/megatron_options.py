@@ -183,6 +183,18 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
     "--tp-comm-overlap": ("mapped", "tensor_overlap=ring: gathers and products in steps that overlap."),
     "--no-check-for-nan-in-loss-and-grad": ("no effect", "seqloom ends a run whose loss or gradient is not finite."),
     "--check-for-nan-in-loss-and-grad": ("mapped", "seqloom always does."),
+    **{
+        name: ("changed", "seqloom does not compute in fp8; numbers are those of train.precision.")
+        for name in ("--fp8-format", "--fp8-param-gather", "--fp8-recipe", "--fp8-hybrid", "--fp8-e4m3", "--fp4-format")
+    },
+    **{
+        name: ("no effect", "It belongs to fp8, in which seqloom does not compute.")
+        for name in ("--fp8-amax-history-len", "--fp8-amax-compute-algo", "--fp8-margin", "--fp8-interval")
+    },
+    **{
+        name: ("changed", "seqloom has one learning rate for all weights.")
+        for name in ("--decoupled-lr", "--decoupled-min-lr")
+    },
     "--calculate-per-token-loss": ("mapped", "seqloom's loss is always the mean over the labels of the global batch."),
     "--moe-router-load-balancing-type": ("no effect", "The family's own auxiliary loss is used."),
     "--moe-aux-loss-coeff": (

@@ -17,7 +17,7 @@ def training(ledger: Ledger, data: int, length: int | None, pipeline: int) -> di
     ledger.mapped("train.sequence_length.", "--seq-length")
     micro = ledger.whole("--micro-batch-size", 0) or None
     batch = ledger.whole("--global-batch-size", 0) or (micro * data if micro else None)
-    ledger.mapped(f"{micro} rows of a micro-batch on each of {data} data ranks.", "--micro-batch-size")
+    ledger.mapped(f"Rows of a micro-batch on each of {data} data ranks.", "--micro-batch-size")
     ledger.mapped("train.batch.", "--global-batch-size")
     accumulate = None
     if micro and batch:
@@ -105,6 +105,7 @@ def _precision(ledger: Ledger) -> str:
         if ledger.flag(name):
             ledger.mapped(f"train.precision={name[2:]}.", "--bf16", "--fp16")
             return name[2:]
+    ledger.mapped("train.precision.", "deepspeed_config.bf16.enabled", "deepspeed_config.fp16.enabled")
     config = ledger.get("deepspeed_config.bf16.enabled"), ledger.get("deepspeed_config.fp16.enabled")
     return "bf16" if config[0] is True else "fp16" if config[1] is True else "float32"
 

@@ -97,7 +97,9 @@ def _static(ledger: Ledger, world: int | None) -> dict[str, Any]:
         return _reset(ledger, world)
     for axis, name in names.items():
         ledger.mapped(f"{axis}={degrees[axis]}.", CONFIG + name)
-    ledger.mapped(f"{context} ranks share a sequence.", CONFIG + "context_parallel")
+    ledger.mapped(
+        f"{context} ranks share a sequence." if context > 1 else "Each sequence is whole.", CONFIG + "context_parallel"
+    )
     product = degrees["data"] * degrees["tensor"] * context * degrees["pipeline"]
     if world is not None and world != product:
         ledger.refuse(

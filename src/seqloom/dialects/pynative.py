@@ -16,7 +16,9 @@ def pynative(ledger: Ledger, world: int | None) -> dict[str, Any]:
     context = ledger.whole(_P + "context_parallel")
     ledger.mapped(f"tensor={tensor}.", _first(ledger, "tensor_parallel", "tensor_parallel_degree"))
     ledger.mapped(f"pipeline={pipeline}.", _first(ledger, "pipeline_parallel", "pipeline_parallel_degree"))
-    ledger.mapped(f"{context} ranks share a sequence.", _P + "context_parallel")
+    ledger.mapped(
+        f"{context} ranks share a sequence." if context > 1 else "Each sequence is whole.", _P + "context_parallel"
+    )
     data = _data(ledger, world, tensor * pipeline * context)
     fields: dict[str, Any] = {"data": data, "tensor": tensor, "pipeline": pipeline} | _context(ledger, context)
     fields["sequence_parallel"] = True

@@ -65,7 +65,7 @@ def run(text: str) -> Script:
         if token.kind == "body":
             follower.here_document(token)
         elif token.kind == "operator" and token.text in ("\n", ";", "&", "&&", "||", "|", ";;", "(", ")"):
-            follower.command(command)
+            follower.command(command, token.text)
             command = []
         else:
             command.append(token)
@@ -102,12 +102,12 @@ class _Follower:
     def undecided(self) -> bool:
         return self.loops > 0 or any(tried[-1] is None for tried in self.branches)
 
-    def command(self, found: Sequence[Token]) -> None:
-        """Follow one simple command."""
+    def command(self, found: Sequence[Token], end: str = "") -> None:
+        """Follow one simple command, up to the operator that ends it."""
         while found and found[0].kind == "word" and (keyword := _literal(found[0].word)) in _KEYWORDS:
             found = found[1:]
             if keyword in ("if", "elif"):
-                self.condition(keyword, found)
+                self.condition(keyword, found, end)
                 return
             if keyword == "else" and self.branches:
                 tried = self.branches[-1]
@@ -126,8 +126,8 @@ class _Follower:
         if not self.skipped:
             self.simple(found)
 
-    def condition(self, keyword: str, found: Sequence[Token]) -> None:
-        """Begin a branch with its test decided as far as it can be."""
+    def condition(self, keyword: str, found: Sequence[Token], end: str) -> None:
+        """Begin a branch with its test decided as far as it can be; of several tests the first may decide."""
         if keyword == "if":
             self.branches.append([])
         elif not self.branches:
@@ -137,6 +137,8 @@ class _Follower:
             tried.append(False)
             return
         decided = self.test([word for token in found if token.kind == "word" for word in self.expand(token.word)])
+        if end in ("&&", "||") and decided is not (end == "||"):
+            decided = None
         tried.append(None if None in tried and decided else decided)
 
     def test(self, words: Sequence[str]) -> bool | None:
