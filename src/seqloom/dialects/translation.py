@@ -69,7 +69,7 @@ def conclude(ledger: Ledger, draft: Draft, keep_order: bool) -> Translation:
     """
     ledger.stop()
     try:
-        plan = Plan(**draft.plan)
+        plan = Plan(**_shares(ledger, dict(draft.plan)))
     except PlanError as error:
         raise DialectError(error.reasons, ledger.notes) from error
     plan = _order(ledger, plan, draft, keep_order)
@@ -79,6 +79,22 @@ def conclude(ledger: Ledger, draft: Draft, keep_order: bool) -> Translation:
         _legality(ledger, plan, model, length)
     ledger.stop()
     return Translation(plan, model, draft.train, tuple(ledger.notes))
+
+
+def _shares(ledger: Ledger, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with ZeRO where it shares something out, and with shares where some wait in host memory."""
+    ranks = fields.get("data", 1) * fields.get("ring", 1) * fields.get("ulysses", 1)
+    groups, stage = fields.get("zero_replicas", 1), fields.get("zero", 0)
+    if stage and groups >= ranks:
+        one = "one rank" if ranks == 1 else f"each of {ranks} ranks"
+        ledger.note("zero", "no effect", f"Stage {stage} would share out among what is {one}; zero=0.", value=stage)
+        fields |= {"zero": 0, "zero_replicas": 1}
+    if fields.get("offload") and fields.get("zero", 0) < 2:
+        fields |= {"zero": 2} if ranks > 1 else {"offload": False}
+        why = "Shares wait in host memory, so zero=2 shares gradients out too; the result is the same."
+        alone = "seqloom offloads shares of ZeRO, and there is one rank; nothing waits in host memory."
+        ledger.note("offload", "changed", why if ranks > 1 else alone, value=True)
+    return fields
 
 
 def _order(ledger: Ledger, plan: Plan, draft: Draft, keep: bool) -> Plan:
