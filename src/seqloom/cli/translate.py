@@ -53,7 +53,7 @@ def _lines(found: "Translation") -> list[str]:
         notes = [note for note in found.notes if note.verdict == verdict]
         lines += ["", f"{verdict.capitalize()}:"] if notes else []
         for note in notes:
-            value = "" if note.value in (None, True) else f" {_short(note.value)}"
+            value = "" if note.value is None or note.value is True else f" {_short(note.value)}"
             lines.append(f"  {note.option}{value}: {note.why}")
     return lines
 

@@ -186,7 +186,8 @@ def _context(ledger: Ledger, context: int) -> dict[str, Any]:
         ledger.note(
             name,
             "mapped",
-            f"{algorithm}: ulysses {ulysses} x {context // ulysses} outer ranks by {kind}, contiguous tokens.",
+            f"{algorithm}: ulysses {ulysses} x {context // ulysses} outer ranks by {kind}; tokens lie contiguous, "
+            "as there (layout=zigzag would even out the causal work).",
         )
     else:
         ledger.note(name, "mapped", f"{algorithm}: ulysses={ulysses}.")

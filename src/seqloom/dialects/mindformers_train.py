@@ -132,7 +132,8 @@ _PRECISIONS = {
 def _precision(ledger: Ledger) -> str:
     name = find(ledger, "compute_dtype")
     if name is None:
-        return "fp16" if find(ledger, "param_init_type") else "float32"
+        ledger.note("compute_dtype", "mapped", "Not said: float16, their models' default.")
+        return "fp16"
     given = str(ledger.get(name)).lower()
     if given not in _PRECISIONS:
         ledger.refuse(name, f"{name} is '{given[:40]}'; it is one of bfloat16, float16, float32.")
