@@ -1,6 +1,7 @@
 """What becomes of options: notes, equations, refusals; nothing run, nothing lost."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,21 @@ def test_nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(DialectError):
             translate(dialect, [str(path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.py", "a.sh", "a.yaml"]
+
+
+def test_files_that_grow_when_read() -> None:
+    """Catches minutes and gigabytes spent on names or anchors that stand for each other many times."""
+    start = time.process_time()
+    layers = [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]" for i in range(12)]
+    assert "more than 5,000 options" in refusal("mindformers", "parallel: {}\n" + "\n".join(layers))
+    names = "a0 = [1]\n" + "\n".join(f"a{i} = [{', '.join([f'a{i - 1}'] * 9)}]" for i in range(1, 12))
+    assert translate("colossalai", [f"{names}\nparallel = dict(pipeline=1)"], world=1).plan == Plan()
+    shell = "X=aaaaaaaa\n" + "X=$X$X\n" * 40
+    assert "grows beyond" in refusal("megatron", shell + "python a.py --x $X")
+    assert "power too large" in refusal("colossalai", "HybridParallelPlugin(tp_size=2**9**9, pp_size=1)")
+    words = " ".join(f"--x{i} {i}" for i in range(4000))
+    assert translate("megatron", [f"python a.py {words}"]).plan == Plan()
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from seqloom.dialects.colossalai_gemini import gemini
 from seqloom.dialects.colossalai_options import untouched
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import CommandLine
-from seqloom.dialects.ledger import Ledger, Note
+from seqloom.dialects.ledger import Ledger
 from seqloom.dialects.models import by_name
 from seqloom.dialects.translation import Draft, Translation, conclude
 
@@ -63,7 +63,7 @@ def translate(
     draft = _draft(inner, plugin, world, version, moe)
     for note in inner.notes:
         flag = next((flag for flag in _PLUGIN.get(note.option, ()) if flag in long), note.option)
-        outer.notes.append(Note(flag, long.get(flag, note.value), note.verdict, note.why))
+        outer.note(flag, note.verdict, note.why, value=note.value)
     outer.reasons += inner.reasons
     model = _finish(outer, draft, program)
     outer.close(untouched)

@@ -44,6 +44,8 @@ class Ledger:
         self.given = dict(given)
         self.notes: list[Note] = []
         self.reasons: list[str] = []
+        self._said: set[tuple[str, str, str]] = set()
+        self._noted: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self.given
@@ -108,10 +110,10 @@ class Ledger:
 
     def note(self, name: str, verdict: Verdict, why: str, *, value: Any = None) -> None:
         """Say what became of an option; the same is not said twice."""
-        given = self.given.get(name, value)
-        found = Note(name, plain(given), verdict, why)
-        if found not in self.notes:
-            self.notes.append(found)
+        if (name, verdict, why) not in self._said:
+            self._said.add((name, verdict, why))
+            self._noted.add(name)
+            self.notes.append(Note(name, plain(self.given.get(name, value)), verdict, why))
 
     def mapped(self, why: str, *names: str) -> None:
         """Note those of `names` that were given."""
@@ -139,13 +141,12 @@ class Ledger:
 
     def noted(self, name: str) -> bool:
         """Whether an option has a note already."""
-        return any(note.option == name for note in self.notes)
+        return name in self._noted
 
     def close(self, why: Callable[[str], tuple[Verdict, str]]) -> None:
         """Note every option that has none: `why` gives its verdict and the reason."""
-        done = {note.option for note in self.notes}
         for name in self.given:
-            if name not in done:
+            if name not in self._noted:
                 self.note(name, *why(name))
 
     def stop(self) -> None:
@@ -194,6 +195,7 @@ def flatten(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     count = 0
     while stack:
         path, value = stack.pop()
+        count += _elements(value, MOST_OPTIONS - count)
         if isinstance(value, Mapping) and (value or not path):
             inner = [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
             stack.extend(reversed(inner))
@@ -202,3 +204,17 @@ def flatten(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
         count += 1
         if count > MOST_OPTIONS:
             raise DialectError(f"The settings hold more than {MOST_OPTIONS:,} options; give the file of one run.")
+
+
+def _elements(value: Any, most: int) -> int:
+    """The elements of nested lists, those in them counted as often as they are repeated; at most one above `most`."""
+    count, stack = 0, [value] if isinstance(value, (list, tuple, set)) else []
+    while stack and count <= most:
+        inner = stack.pop()
+        if isinstance(inner, (list, tuple, set)):
+            count += len(inner)
+            stack.extend(inner)
+        elif isinstance(inner, Mapping):
+            count += len(inner)
+            stack.extend(inner.values())
+    return count

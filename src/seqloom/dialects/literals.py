@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from seqloom.dialects.ledger import Unread
@@ -12,13 +12,17 @@ from seqloom.errors import DialectError
 MOST_NODES = 200_000
 """The most nodes of a file's tree."""
 
+MOST_STEPS = 10_000
+"""The most nodes that one value may be read from, names that stand for others included."""
+
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file: its tree, and the names it binds once to a value that is written out."""
+    """A Python file: its tree, and the names it binds once to a value that is written out; `steps` counts reading."""
 
     tree: ast.Module
     constants: Mapping[str, ast.expr]
+    steps: list[int] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def read(cls, text: str) -> "Source":
@@ -44,6 +48,8 @@ class Source:
 
     def value(self, node: ast.AST, depth: int = 0) -> Any:
         """What an expression stands for: literals, sums of them, and names bound once to such; else Unread."""
+        if depth == 0:
+            self.steps.clear()
         try:
             return self._value(node, depth)
         except (ValueError, RecursionError) as error:
@@ -51,7 +57,8 @@ class Source:
             return Unread(_source(node), f"{why}, and no file is run here")
 
     def _value(self, node: ast.AST, depth: int) -> Any:
-        if depth > 50:
+        self.steps.append(1)
+        if depth > 50 or len(self.steps) > MOST_STEPS:
             raise ValueError("it is nested too deeply")
         if isinstance(node, ast.Constant):
             if node.value is Ellipsis or isinstance(node.value, (bytes, complex)):

@@ -42,6 +42,8 @@ def translate(
 ) -> Translation:
     """The plan of a YAML file of either generation. Raises DialectError with every reason why there is none."""
     ledger = Ledger(dict(flatten(_read(settings if isinstance(settings, str) else " ".join(settings)))))
+    if version is not None:
+        ledger.note("--dialect-version", "no effect", "The file itself tells its generation.", value=version)
     if any(name.startswith("parallelism.") for name in ledger.given):
         fields = pynative(ledger, world)
     else:

@@ -190,7 +190,7 @@ def full(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {_OWN.get(config["model_type"], {}).get(key, key): key for key in _KEYS}
     sizes = {general: config[name] for name, general in own.items() if name in config}
     hidden, heads = sizes.get("hidden_size"), sizes.get("num_attention_heads")
-    if config["model_type"] in _OWN and isinstance(hidden, int):
+    if config["model_type"] in ("bloom", "gpt2") and isinstance(hidden, int):
         sizes = {"intermediate_size": 4 * hidden, "num_key_value_heads": heads} | sizes
     return {**config, **sizes}
 
@@ -218,7 +218,10 @@ _OWN = {
         "intermediate_size": "n_inner",
     },
 }
+_OWN |= {kind: {"num_local_experts": "n_routed_experts"} for kind in ("deepseek_v2", "deepseek_v3")}
 _DROPPED = {
+    "deepseek_v2": ("head_dim",),
+    "deepseek_v3": ("head_dim",),
     "bloom": ("num_key_value_heads", "intermediate_size", "max_position_embeddings", "rope_theta", "rms_norm_eps"),
     "gpt2": ("num_key_value_heads", "rope_theta", "rms_norm_eps"),
 }
