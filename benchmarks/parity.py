@@ -1,13 +1,15 @@
 """Every legal plan against one device: loss, gradient norm, gradients and parameters after three steps, in float64.
 
-    python -m benchmarks.parity [--worlds 2 4 8] [--models llama mixtral] [--every 1] [--sixteen] [--out F]
+    python -m benchmarks.parity [--worlds 2 4 8] [--models llama mixtral] [--every 1] [--sixteen] [--rows F] [--out F]
 
 Each plan of `seqloom plan --list` trains three steps of at least two micro-batches with clipping, as `seqloom verify`
 does, and is held against one device. Worlds of 16 run the plans named below. The page is written anew; a plan that
-differs or fails is written there too, and the program ends with status 1.
+differs or fails is written there too, and the program ends with status 1. With `--rows`, what ran is kept in that file,
+a row a line, and a program that was stopped goes on where it was.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -68,14 +70,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=47, help="tokens of a sequence")
     parser.add_argument("--every", type=int, default=1, help="run only every so many-th plan")
     parser.add_argument("--sixteen", action="store_true", help="plans of 16 processes too")
+    parser.add_argument("--rows", type=Path, help="a file of rows, read and added to")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page")
     asked = parser.parse_args(arguments)
+    kept = {}
+    if asked.rows is not None and asked.rows.exists():
+        found = [Row(**json.loads(line)) for line in asked.rows.read_text(encoding="utf-8").splitlines()]
+        kept = {(row.model, row.plan): row for row in found}
     rows: list[Row] = []
     for model in asked.models:
         for world in [*asked.worlds, *([16] if asked.sixteen else [])]:
             plans = plans_of(model, world, asked.tokens)[:: asked.every if world < 16 else 1]
+            rows += [kept[model, plan] for plan in plans if (model, plan) in kept]
+            plans = [plan for plan in plans if (model, plan) not in kept]
             for start in range(0, len(plans), CHUNK):
-                rows += ran(model, world, plans[start : start + CHUNK], asked.tokens)
+                new = ran(model, world, plans[start : start + CHUNK], asked.tokens)
+                if asked.rows is not None:
+                    with asked.rows.open("a", encoding="utf-8") as file:
+                        file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
+                rows += new
                 print(f"{model} {world}: {min(start + CHUNK, len(plans))} of {len(plans)}", flush=True)
     asked.out.write_text("\n".join(page(rows, asked)) + "\n", encoding="utf-8")
     wrong = [row for row in rows if not row.equal]

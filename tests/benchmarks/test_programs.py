@@ -141,10 +141,15 @@ def test_without_a_gpu_nothing_is_claimed(tmp_path: Path) -> None:
 
 
 def test_the_table_of_parity(tmp_path: Path) -> None:
-    """Catches a plan that fails or differs and is left out of the page, or of the exit status."""
-    page = tmp_path / "parity.md"
-    assert parity.main(["--worlds", "1", "--models", "llama", "--tokens", "9", "--out", str(page)]) == 0
+    """Catches a plan that fails or differs and is left out of the page, or the exit status; rows run twice or lost."""
+    page, kept = tmp_path / "parity.md", tmp_path / "rows.jsonl"
+    arguments = ["--worlds", "1", "--models", "llama", "--tokens", "9", "--out", str(page), "--rows", str(kept)]
+    assert parity.main(arguments) == 0
     assert "1 of 1 plans equal one device" in page.read_text(encoding="utf-8")
+    row = kept.read_text(encoding="utf-8")
+    kept.write_text(row.replace('"failed": ""', '"failed": "it hung"'), encoding="utf-8")
+    assert parity.main(arguments) == 1 and len(kept.read_text(encoding="utf-8").splitlines()) == 1
+    assert "it hung" in page.read_text(encoding="utf-8")
     asked = argparse.Namespace(tokens=9, every=1)
     rows = [
         parity.Row("llama", 2, "ring=2", 1e-15, 1e-15, 1e-15, 1e-15),
