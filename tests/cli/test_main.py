@@ -33,6 +33,7 @@ FLAGS = {
     "plan": "--check --model --seq-len --world --heads --kv-heads --layers --documents --full --window --prefix "
     "--list --table",
     "report": "folder",
+    "translate": "dialect settings --world --dialect-version --keep-rank-order --json",
 }
 
 
@@ -70,7 +71,7 @@ def test_version(cli: Cli) -> None:
     ("override", "says"),
     [
         ("train.lerning_rate=1", "train.lerning_rate is not a setting (did you mean 'train.learning_rate'?)."),
-        ("optimizer.lr=1", "optimizer is not a setting; there are plan, model, data, train, run."),
+        ("optimizer.lr=1", "optimizer is not a setting; there are plan, model, data, train, eval, run, curriculum."),
         ("train.steps=ten", "train.steps is 'ten' (a string); it must be a whole number."),
         ("train.steps=0", "train.steps is 0; it must be at least 1."),
         ("plan=ring=two", "ring=two is not a whole number from 1 to 65,536."),
@@ -98,7 +99,7 @@ def test_train_refuses(cli: Cli, config: Path, override: str, says: str) -> None
     ("text", "says"),
     [
         ("train: [1, 2", "config.yaml is not readable as YAML: "),
-        ("just words", "config.yaml holds a string; a configuration has sections: plan, model, data, train, run."),
+        ("just words", "config.yaml holds a string; a configuration has sections: plan, model, data, train, eval, run, curriculum."),
         ("", "config.yaml holds nothing; "),
         ("train: {steps: 1}\nplan: ring=2\n", "model is missing; it has no default. Also: data is missing"),
     ],

@@ -40,7 +40,6 @@ def test_plan_that_is_legal(cli: Cli) -> None:
         (("64", "--check", "ring=2", "--world", "4"), "The plan 'ring=2' takes 2 processes, but there are 4. Try "),
         (("64", "--check", "ulysses=16", "--heads", "12"), "ulysses=16 is more than the model's 12 query heads, and "),
         (("64", "--check", "ring=4 inner_ring=3"), "inner_ring=3 does not divide ring=4; nearest to it do 2 and 4."),
-        (("64", "--check", "pipeline=2"), "pipeline=2 is not supported yet; the only degree is 1."),
         (
             ("64", "--check", "tensor=5", "--heads", "12"),
             "12 query heads cannot be split evenly over tensor=5; use a degree that divides them: 1, 2, 3, 4, 6, 12.",
