@@ -99,7 +99,7 @@ def test_train_refuses(cli: Cli, config: Path, override: str, says: str) -> None
     ("text", "says"),
     [
         ("train: [1, 2", "config.yaml is not readable as YAML: "),
-        ("just words", "config.yaml holds a string; a configuration has sections: plan, model, data, train, eval, run, curriculum."),
+        ("just words", "config.yaml holds a string; a configuration has sections: plan, model, data, "),
         ("", "config.yaml holds nothing; "),
         ("train: {steps: 1}\nplan: ring=2\n", "model is missing; it has no default. Also: data is missing"),
     ],
