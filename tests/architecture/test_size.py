@@ -11,9 +11,10 @@ from architecture.source import PACKAGE, ROOT, Module, example, functions, modul
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-PACKAGE_LINES = 25_000
+PACKAGE_LINES = 28_000
 """12,000 held attention and its surroundings; tensor grids brought 2,500, and pipeline, ZeRO, experts, recomputation
-and moving checkpoints 5,500 more; the settings of three other systems, option by option, 4,500."""
+and moving checkpoints 5,500 more; the settings of three other systems, option by option, 4,500;
+the programs of two of them as they stand (`compat`), 2,500."""
 
 SKIPPED = {".git", ".venv", "runs", "build", "dist", "__pycache__"}
 MACHINE_PATH = re.compile(rf"(?<![\w.~-])/({'|'.join(['work', 'farm', 'root', 'tmp/v'])})(/|\b)")
@@ -62,15 +63,16 @@ def test_the_package_is_small() -> None:
 
 
 def test_no_function_rebinds_module_state() -> None:
-    """Catches `global`: two models under two plans must live in one process."""
-    assert [found for module in modules() for found in global_statements(module)] == []
+    """Catches `global`: two models under two plans must live in one process, but for what `compat` stands in for."""
+    assert [found for module in modules() if module.room != "compat" for found in global_statements(module)] == []
     assert len(list(global_statements(example("seqloom.plan.x", "def f():\n    global a\n    a = 1")))) == 1
 
 
 def test_names_say_what_is_inside() -> None:
-    """Catches utils, helpers and managers: names under which anything gathers."""
+    """Catches utils, helpers and managers: names under which anything gathers; those of other systems are theirs."""
     vague = re.compile(r"_?(utils?|helpers?|managers?|misc|common)")
     paths = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
+    paths = [path for path in paths if path.parts[0] != "compat"]
     assert [str(path) for path in paths if any(vague.fullmatch(part) for part in path.with_suffix("").parts)] == []
 
 
