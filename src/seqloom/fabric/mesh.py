@@ -89,6 +89,13 @@ class Fabric:
         if group is not None:
             distributed.destroy_process_group(group)
 
+    def alone(self) -> distributed.ProcessGroup:
+        """A new group of this process alone, for code that hands torch.distributed a group, where none means all.
+
+        Every rank calls it together; who asked for it ends it.
+        """
+        return distributed.new_subgroups_by_enumeration([[rank] for rank in range(self.world.size)])[0]
+
     def close(self) -> None:
         """End the groups of this fabric, all but the one torch.distributed itself was given."""
         for group in self.groups:

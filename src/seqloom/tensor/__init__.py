@@ -4,6 +4,7 @@ from seqloom.tensor.dropout import ParallelDropout
 from seqloom.tensor.embedding import ParallelEmbedding, PositionEmbedding
 from seqloom.tensor.group import TensorGroup, Transfer
 from seqloom.tensor.head import split_head
+from seqloom.tensor.linear import Call, computed_in, parallel_linear
 from seqloom.tensor.modules import ParallelLinear, Placeholder, Siblings
 from seqloom.tensor.norm import ParallelLayerNorm, ParallelRMSNorm
 from seqloom.tensor.parameters import Slot, local, split, whole
@@ -16,6 +17,7 @@ from seqloom.tensor.regions import (
 )
 
 __all__ = [
+    "Call",
     "ParallelDropout",
     "ParallelEmbedding",
     "ParallelLayerNorm",
@@ -27,9 +29,11 @@ __all__ = [
     "Slot",
     "TensorGroup",
     "Transfer",
+    "computed_in",
     "copy_to_tensor_region",
     "gather_from_sequence_parallel_region",
     "local",
+    "parallel_linear",
     "reduce_from_tensor_region",
     "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_sequence_parallel_region",
