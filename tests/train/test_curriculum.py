@@ -9,13 +9,14 @@ from pool import Pool
 from seqloom.errors import CheckpointError, ConfigError
 from seqloom.train import Config, load_config, prepare, remaining, steps_taken, train
 from train.conftest import Finished
-from train.runs import metrics
+from train.runs import metrics, started
 
-PHASES = "curriculum=[{until_step: 2, sequence_length: 32, batch: 8}, {until_step: 4, plan: ulysses=2 data=2}]"
+PHASES = "curriculum=[{until_step: 2, sequence_length: 32, batch: 8}, {until_step: 4, plan: ulysses=2}]"
+TORCHRUN = "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "seqloom.cli.main", "train"
 
 
 def go(pool: Pool, config: Config, *, resume: bool = False, phases: int | None = None) -> None:
-    """What the command line does, of `phases` phases."""
+    """What the command line does where no launcher is, of `phases` phases: each begins with processes of its own."""
     prepare(config, resume=resume)
     for stretch in remaining(config, steps_taken(config) if resume else 0)[:phases]:
         pool.run(stretch.config.plan.world_size, train, config, resume, stretch)
@@ -24,12 +25,18 @@ def go(pool: Pool, config: Config, *, resume: bool = False, phases: int | None =
 
 def test_a_run_in_phases(pool: Pool, finished: Finished, tmp_path: Path) -> None:
     """Catches a phase under the plan, length or batch of another, steps taken twice, a rate that begins anew, and a run
-    that resumes in the wrong phase."""
+    that resumes in the wrong phase; and ranks of torchrun that meet a second time, which it does not bear."""
+
+    def told(name: str) -> list[str]:
+        return [PHASES, "train.steps=4", f"run.folder={tmp_path / name}", "run.keep=1"]
 
     def config(name: str) -> Config:
-        return load_config(finished.config, [PHASES, "train.steps=4", f"run.folder={tmp_path / name}", "run.keep=1"])
+        return load_config(finished.config, told(name))
 
-    go(pool, config("once"))
+    with started(*TORCHRUN, str(finished.config), *told("once")) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.count("Until step") == 2 and out.count("Trained 4 steps.") == 1
     lines = metrics(tmp_path / "once")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     rates = [line["learning_rate"] for line in lines]

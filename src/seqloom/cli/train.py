@@ -1,11 +1,15 @@
 """seqloom train"""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seqloom.errors import SeqloomError
+
+if TYPE_CHECKING:
+    from seqloom.train import Summary
 
 REFUSED = 2
 """Exit status of anything refused with a reason; 1 means that a check ran and failed."""
@@ -40,33 +44,36 @@ def train(
     if speaks():
         typer.echo(f"Reading the text and starting '{settings.plan}' ...")
     timeout = settings.run.timeout_seconds
-    for stretch in remaining(settings, steps_taken(settings) if resume else 0):
-        if settings.curriculum and speaks():
-            length = stretch.config.data.sequence_length
-            typer.echo(f"Until step {stretch.until}: '{stretch.config.plan}', sequences of {length:,} tokens.")
-        if world is not None:
-            with distributed(timeout):
+    phases = remaining(settings, steps_taken(settings) if resume else 0)
+    # Processes that a launcher started meet once: its store knows the addresses of their first meeting for good.
+    with distributed(timeout) if world is not None else nullcontext():
+        for stretch in phases:
+            if settings.curriculum and speaks():
+                length = stretch.config.data.sequence_length
+                typer.echo(f"Until step {stretch.until}: '{stretch.config.plan}', sequences of {length:,} tokens.")
+            if world is not None:
                 summary = run(settings, resume, stretch)
-        else:
-            processes = stretch.config.plan.world_size
-            summary = run_local(processes, run, settings, resume, stretch, timeout_seconds=timeout)[0]
-        resume = True  # each phase goes on from the checkpoint at the end of the one before
-        if summary.stopped:
-            break
-    if not speaks():
-        return
+            else:
+                processes = stretch.config.plan.world_size
+                summary = run_local(processes, run, settings, resume, stretch, timeout_seconds=timeout)[0]
+            resume = True  # each phase goes on from the checkpoint at the end of the one before
+            if summary.stopped:
+                break
+    if speaks():
+        typer.echo(_told(summary))
+
+
+def _told(summary: "Summary") -> str:
+    """How a run ended, in a sentence."""
     if summary.stopped and summary.step == 0:
-        typer.echo("Stopped before the first step; there is nothing to save.")
-    elif summary.stopped:
-        typer.echo(
-            f"Stopped and saved at step {summary.step} of {summary.steps}; the same command with --resume goes on."
-        )
-    elif summary.loss is not None:
-        against = "below" if summary.loss < summary.unigram_entropy else "above"
-        typer.echo(
-            f"Trained {summary.step} steps. Mean loss of the last {summary.averaged}: {summary.loss:.3f} nats, "
-            f"{against} the text's unigram entropy of {summary.unigram_entropy:.3f}. "
-            f"Metrics, checkpoints and the model are in {summary.folder}."
-        )
-    else:
-        typer.echo(f"All {summary.steps} steps were taken already; raise train.steps to train on.")
+        return "Stopped before the first step; there is nothing to save."
+    if summary.stopped:
+        return f"Stopped and saved at step {summary.step} of {summary.steps}; the same command with --resume goes on."
+    if summary.loss is None:
+        return f"All {summary.steps} steps were taken already; raise train.steps to train on."
+    against = "below" if summary.loss < summary.unigram_entropy else "above"
+    return (
+        f"Trained {summary.step} steps. Mean loss of the last {summary.averaged}: {summary.loss:.3f} nats, "
+        f"{against} the text's unigram entropy of {summary.unigram_entropy:.3f}. "
+        f"Metrics, checkpoints and the model are in {summary.folder}."
+    )

@@ -87,7 +87,9 @@ def train(config: Config, resume: bool, stretch: Stretch | None = None) -> Summa
         if progress is not None:
             run.take_up(progress)
         with naming_others(fabric):
-            return run.go(progress.step if progress is not None else 0)
+            summary = run.go(progress.step if progress is not None else 0)
+    fabric.close()
+    return summary
 
 
 @dataclass
