@@ -11,7 +11,7 @@ from seqloom.dialects.colossalai_gemini import gemini
 from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, untouched
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import from_text, from_words
-from seqloom.dialects.ledger import Ledger, Unread
+from seqloom.dialects.ledger import Ledger, Unread, flatten
 from seqloom.dialects.literals import Source
 from seqloom.dialects.models import by_name
 from seqloom.dialects.translation import Draft, Translation, conclude
@@ -51,6 +51,37 @@ def translate(
             f"The file makes none of {', '.join(PLUGINS)} and holds no `parallel = dict(...)`; give one that does."
         )
     name, arguments = _the_plugin(source, found)
+    ledger, draft = _drafted(name, arguments, world, version)
+    _surroundings(ledger, source, draft)
+    model = _model(ledger, source) or draft.model
+    ledger.close(untouched)
+    return conclude(ledger, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
+
+
+def translate_plugin(name: str, arguments: Mapping[str, Any], *, world: int) -> Translation:
+    """The plan of a plugin made with these arguments in a world of so many processes.
+
+    name: of its class. Their rank order is kept, where an order of axes tells it. Raises DialectError with every
+    reason why there is no plan.
+    """
+    ledger, draft = _drafted(name, _as_hybrid(name, arguments), world, None)
+    ledger.close(untouched)
+    return conclude(ledger, draft, keep_order=draft.peculiar is None)
+
+
+def translate_config(settings: Mapping[str, Any] | str, *, world: int) -> Translation:
+    """The plan of a CONFIG, which is a dict or the text of a Python file that is read and never run.
+
+    Their rank order is kept. Raises DialectError with every reason why there is no plan.
+    """
+    given = colossalai_legacy.settings(Source.read(settings)) if isinstance(settings, str) else dict(flatten(settings))
+    if given is None:
+        raise DialectError("The file holds no `parallel = dict(...)`; give one that does.")
+    return colossalai_legacy.translate(given, world=world, keep_order=True)
+
+
+def _drafted(name: str, arguments: Mapping[str, Any], world: int | None, version: str | None) -> tuple[Ledger, Draft]:
+    """What the arguments of a plugin say, as it is read."""
     ledger = Ledger(arguments)
     draft = (
         gemini(ledger, world) if name == "GeminiPlugin" else hybrid(ledger, world, version, moe=name.startswith("Moe"))
@@ -59,10 +90,15 @@ def translate(
         close = get_close_matches(option, PLUGINS.get(name, HYBRID), 1, 0.8)
         if close and close[0] != option and option not in HYBRID:
             ledger.refuse(option, f"{option} is no argument of {name} (did you mean '{close[0]}'?).")
-    _surroundings(ledger, source, draft)
-    model = _model(ledger, source) or draft.model
-    ledger.close(untouched)
-    return conclude(ledger, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
+    return ledger, draft
+
+
+def _as_hybrid(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a plugin that is the hybrid one with some fixed, as the hybrid one takes them."""
+    if name not in OTHERS:
+        return dict(arguments)
+    renamed = {"stage": "zero_stage"}
+    return {**OTHERS[name], **{renamed.get(key, key): value for key, value in arguments.items()}}
 
 
 def _is_command_line(text: str) -> bool:
@@ -83,10 +119,7 @@ def _the_plugin(source: Source, found: Sequence[tuple[str, ast.Call]]) -> tuple[
     read = []
     for name, call in found:
         arguments = source.arguments(call, HYBRID if name == "HybridParallelPlugin" else [])
-        if name in OTHERS:
-            renamed = {"stage": "zero_stage"}
-            arguments = {**OTHERS[name], **{renamed.get(key, key): value for key, value in arguments.items()}}
-        read.append((name, arguments))
+        read.append((name, _as_hybrid(name, arguments)))
     if any(other != read[0] for other in read[1:]):
         lines = ", ".join(f"{name} at line {call.lineno}" for name, call in found)
         raise DialectError(f"The file makes several plugins ({lines}); give a file that makes one.")
