@@ -18,7 +18,7 @@ from time import perf_counter
 
 from seqloom.errors import SeqloomError
 from seqloom.fabric.launch import run_local
-from seqloom.plan import ModelShape, Plan, every_plan, fit, read_config, reasons
+from seqloom.plan import ModelShape, Plan, every_plan, fit, fit_world, read_config, reasons
 from seqloom.verify import Case, verify_here
 
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plans_of(model: str, world: int, num_tokens: int) -> list[str]:
     """The plans to run: all legal ones, of 16 processes those named above."""
     named = [Plan.parse(text) for text in SIXTEEN] if world == 16 else None
-    grown = ModelShape.from_config(fit(read_config(model), Plan(ulysses=world), num_tokens, layers=2 * world))
+    grown = ModelShape.from_config(fit_world(read_config(model), world, num_tokens))
     found = every_plan(grown, num_tokens, world=world) if named is None else named
     return [str(plan) for plan in found if not any(reasons(plan, _shape(model, plan, num_tokens), num_tokens))]
 

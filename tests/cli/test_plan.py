@@ -7,7 +7,7 @@ import pytest
 
 from cli.conftest import Cli, refused
 from seqloom.geometry import Layout, Mask
-from seqloom.plan import ModelShape, Plan, every_plan, fit, read_config
+from seqloom.plan import ModelShape, Plan, every_plan, fit, fit_world, read_config
 from seqloom.planner import attention_bytes, places, tensor_bytes
 from train.runs import environment
 
@@ -201,6 +201,12 @@ def test_axes_of_a_double_ring(cli: Cli) -> None:
         (("--check", "ring=2", "--table"), "seqloom plan needs --model, "),
         (("--table", "--heads", "4"), "seqloom plan needs --check, --model, "),
         (("--list", "--model", "llama"), "seqloom plan --list needs --model and --world"),
+        ((*PLAN, "64", "--list", "--world", "2", "--full"), "seqloom plan --list takes no --full: no mask or kernel"),
+        (
+            (*PLAN, "64", "--list", "--world", "2", "--window", "8", "--prefix", "2", "--table"),
+            "seqloom plan --list takes no --window, --prefix, --table: ",
+        ),
+        ((*PLAN, "64", "--list", "--world", "2", "--documents", "60,3"), "--documents holds 63 tokens, but --seq-len"),
         ((*PLAN, "64", "--check", "ring=2", "--documents", "60,x"), "--documents '60,x' is not a list of lengths"),
         (
             (*PLAN, "64", "--check", "ring=2", "--documents", "60,3"),
@@ -232,13 +238,19 @@ def test_all_legal_plans_are_listed(cli: Cli) -> None:
     """Catches a list that leaves plans out, cannot be piped on, or is silent on the plan that was asked about."""
     code, out, err = cli(*PLAN, "64", "--list", "--world", "4")
     *lines, last = out.splitlines()
-    shape = ModelShape.from_config(fit(read_config("llama"), Plan(ulysses=4), 64, layers=8))
+    shape = ModelShape.from_config(fit_world(read_config("llama"), 4, 64))
     assert (code, err) == (0, "") and [Plan.parse(line) for line in lines] == list(every_plan(shape, 64, world=4))
     assert last.startswith(f"{len(lines)} legal plans of 4 processes for llama of 4 query heads and 8 layers and seq")
     _, out, _ = cli(*PLAN, "64", "--list", "--world", "4", "--check", "ulysses=8")
     assert out.startswith("Not legal: 'ulysses=8'. The plan 'ulysses=8' takes 8 processes, but there are 4. Also: ")
     _, out, _ = cli(*PLAN, "64", "--list", "--world", "4", "--check", "ring=4")
     assert out.startswith("Legal: 'ring=4'.\n")
+
+
+def test_another_name_of_a_model_lists_the_same(cli: Cli) -> None:
+    """Catches a model that grows under one of its names alone."""
+    said = [cli("plan", "--model", name, "--list", "--world", "4") for name in ("deepseek", "deepseek_v3")]
+    assert said[0] == said[1] and said[0][1].endswith(" of 4 query heads and 8 layers.\n")
 
 
 def test_what_recomputed_layers_keep_is_told(cli: Cli) -> None:

@@ -15,16 +15,10 @@ def legal_lines(
     kv_heads: int | None,
     layers: int | None,
 ) -> Iterator[str]:
-    """All legal plans of a world for a model, one a line; before them what speaks against the plan asked about.
+    """All legal plans of a world for a model, one a line; before them what speaks against the plan asked about."""
+    from seqloom.plan import ModelShape, Plan, check, every_plan
 
-    A built-in model grows to a query head for each process and two layers for each.
-    """
-    from seqloom.plan import TINY_SHAPES, ModelShape, Plan, check, every_plan
-
-    grown = Plan(ulysses=world)  # refuses a world that cannot be
-    if source in TINY_SHAPES:
-        layers = layers or 2 * world
-    shape = ModelShape.from_config(model_settings(source, grown, num_tokens or 1, heads, kv_heads, layers))
+    shape = ModelShape.from_config(model_settings(source, world, num_tokens or 1, heads, kv_heads, layers))
     if asked is not None:
         try:
             check(Plan.parse(asked), shape, num_tokens, world=world)

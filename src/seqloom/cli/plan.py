@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import islice, product
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -48,34 +48,47 @@ def plan(  # noqa: PLR0913, PLR0917
 
     lengths = document_lengths(documents)
     seq_len = sum(lengths) if lengths and seq_len is None else seq_len
+    if lengths and sum(lengths) != seq_len:
+        raise ConfigError(
+            f"--documents holds {sum(lengths)} tokens, but --seq-len is {seq_len}; leave --seq-len out, or make "
+            "the lengths add up to it."
+        )
     if every:
+        _drop({"--full": full, "--window": window is not None, "--prefix": prefix != 0, "--table": table})
         if model is None or world is None:
             raise ConfigError("seqloom plan --list needs --model and --world, and --seq-len where lengths matter.")
         typer.echo("\n".join(legal_lines(model, seq_len, world, check, heads, kv_heads, layers)))
     elif check is not None and model is not None and seq_len is not None:
         wanted = plans.Plan.parse(check)
         shape = plans.ModelShape.from_config(model_settings(model, wanted, seq_len, heads, kv_heads, layers))
-        if lengths and sum(lengths) != seq_len:
-            raise ConfigError(
-                f"--documents holds {sum(lengths)} tokens, but --seq-len is {seq_len}; leave --seq-len out, or make "
-                "the lengths add up to it."
-            )
         mask = Mask(causal=not full, window=window, prefix=prefix, documents=lengths)
         plans.check(wanted, shape, seq_len, world=world)
         typer.echo("\n".join(_cost(wanted, shape, seq_len, mask)))
-    elif (
-        not table
-        or full
-        or prefix
-        or any(x is not None for x in (check, model, seq_len, world, heads, kv_heads, layers, window))
-    ):
-        missing = {"--check": check, "--model": model, "--seq-len (or --documents)": seq_len}
-        names = ", ".join(name for name, value in missing.items() if value is None)
-        raise ConfigError(f"seqloom plan needs {names} to check a plan; --table alone shows the attention kernels.")
+    else:
+        given = (
+            full,
+            prefix,
+            *(x is not None for x in (check, model, seq_len, world, heads, kv_heads, layers, window)),
+        )
+        if any(given) or not table:
+            _lacks({"--check": check, "--model": model, "--seq-len (or --documents)": seq_len})
     if table:
         from seqloom.attention.kernels.table import render
 
         typer.echo(render())
+
+
+def _lacks(needed: dict[str, object]) -> NoReturn:
+    """Refuse half a question."""
+    names = ", ".join(name for name, value in needed.items() if value is None)
+    raise ConfigError(f"seqloom plan needs {names} to check a plan; --table alone shows the attention kernels.")
+
+
+def _drop(given: dict[str, bool]) -> None:
+    """Refuse what --list does not look at."""
+    if any(given.values()):
+        named = ", ".join(name for name, there in given.items() if there)
+        raise ConfigError(f"seqloom plan --list takes no {named}: no mask or kernel changes what is legal; drop it.")
 
 
 def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> Iterator[str]:

@@ -3,15 +3,20 @@
 from typing import Any
 
 from seqloom.errors import ConfigError, ModelError
-from seqloom.plan import ALIASES, TINY_SHAPES, Plan, fit, read_config
+from seqloom.plan import ALIASES, TINY_SHAPES, Plan, fit, fit_world, read_config
 
 
 def model_settings(
-    source: str, plan: Plan, num_tokens: int, heads: int | None, kv_heads: int | None, layers: int | None
+    source: str, plan: Plan | int, num_tokens: int, heads: int | None, kv_heads: int | None, layers: int | None
 ) -> dict[str, Any]:
-    """The Hugging Face configuration of `--model`, with `--heads`, `--kv-heads` and `--layers` laid over it."""
+    """The Hugging Face configuration of `--model`, with `--heads`, `--kv-heads` and `--layers` laid over it.
+
+    plan: what a built-in shape grows to; a number stands for every plan of so many processes.
+    """
     config = read_config(source)
     if ALIASES.get(source, source) in TINY_SHAPES:
+        if isinstance(plan, int):
+            return fit_world(config, plan, num_tokens, heads=heads, kv_heads=kv_heads, layers=layers)
         return fit(config, plan, num_tokens, heads=heads, kv_heads=kv_heads, layers=layers)
     if (heads, kv_heads, layers) != (None, None, None):
         raise ModelError(

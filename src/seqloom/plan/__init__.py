@@ -8,7 +8,7 @@ from seqloom.plan.pipeline import cut, layer_costs, micro_batches_needed, stage_
 from seqloom.plan.plan import Plan
 from seqloom.plan.recompute import Unit, run_again, units
 from seqloom.plan.shape import ModelShape
-from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, read_config
+from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, fit_world, read_config
 from seqloom.plan.zero import row_shares
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "cut",
     "every_plan",
     "fit",
+    "fit_world",
     "input_stays",
     "layer_costs",
     "legal_plans",

@@ -211,6 +211,24 @@ def fit(
     }
 
 
+def fit_world(
+    config: Mapping[str, Any],
+    world: int,
+    num_tokens: int,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    layers: int | None = None,
+) -> dict[str, Any]:
+    """A built-in shape grown for every plan of so many processes: a query head and two layers for each of them.
+
+    Numbers given by hand are kept, and errors raised, as in `fit`; PlanError for a world that cannot be.
+    """
+    most = Plan(ulysses=world)
+    layers = 2 * world if layers is None else layers
+    return fit(config, most, num_tokens, heads=heads, kv_heads=kv_heads, layers=layers)
+
+
 def _experts(config: Mapping[str, Any], plan: Plan) -> dict[str, int]:
     """The number of experts, under the name that the family has for it; groups of experts stay of equal size."""
     key = next((key for key in EXPERTS if key in config), None)
