@@ -46,6 +46,9 @@ def verified(family: str, text: str, num_tokens: int = TOKENS, changes: dict[str
         ("qwen3_moe", "tensor=2 ring=2 expert=4"),
         ("mixtral", "tensor=2"),
         ("mixtral", "tensor=2 ring=2 expert=2 expert_tensor=2"),
+        ("deepseek_v3", "tensor=2 ring=2 expert=4"),
+        ("deepseek_v2", "tensor=2 expert_tensor=2"),
+        ("gpt_oss", "tensor=2 expert=2"),
         ("qwen3_moe", "pipeline=2 ulysses=2 expert=2"),
     ],
 )
@@ -60,10 +63,15 @@ def test_starved_experts(pool: Pool) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 @pytest.mark.parametrize(
     "text",
     [
+        "tensor=2",
+        "tensor=3 expert=3",
+        "tensor=2 ulysses=2",
+        "tensor=2 data=2 zero=3 recompute=selective",
+        "tensor=2 pipeline=2",
         "tensor=2 data=2 ulysses=2 expert=8 layout=contiguous",
         "tensor=4 ring=2 expert=2 tensor_overlap=ring",
         "tensor=3 ring=2 expert=3 regather=false",

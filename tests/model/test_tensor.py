@@ -89,6 +89,7 @@ CASES = [
     *(("qwen2", text) for text in (ONE_D[4], ONE_D[2], GRIDS[1], GRIDS[3], BESIDE[0])),
     *((family, text) for family in ("bloom", "gpt2") for text in (*ONE_D, BESIDE[0])),
     *((family, text) for family in ("mistral", "gemma2", "gemma3_text") for text in (ONE_D[4], GRIDS[1])),
+    ("gpt_oss", BESIDE[0]),
 ]
 
 
@@ -141,6 +142,19 @@ def test_documents_rows_and_recomputation(pool: Pool, text: str, checkpointing: 
     """Rows of packed documents whose positions are those of another side's tokens; a layer recomputed without them."""
     documents = [[9, 20, 8], [TOKENS]]
     assert min(pool.run(Plan.parse(text).world_size, step, "qwen2", text, {}, 2, documents, checkpointing)) > 10
+
+
+LATENT: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("deepseek_v3", "tensor=3 sequence_parallel=false", {"first_k_dense_replace": 2, "attention_bias": True}),
+    ("deepseek_v2", "tensor=2 ulysses=2 tensor_overlap=ring", {"q_lora_rank": None, "attention_bias": True}),
+    ("deepseek_v3", "tensor=4 regather=false", {}),
+)
+
+
+@pytest.mark.parametrize(("family", "text", "changes"), LATENT)
+def test_latent_attention_equals_one_device(pool: Pool, family: str, text: str, changes: dict[str, Any]) -> None:
+    """Catches latents of other tokens, and gradients of whole projections and norms summed once too often or not."""
+    assert min(pool.run(Plan.parse(text).world_size, step, family, text, changes)) > 10
 
 
 def layer_elements(text: str, layers: int) -> int:

@@ -42,6 +42,14 @@ def test_experts_between_tensor_ranks() -> None:
     assert said.startswith("tensor_kind=2d cannot split mixtral yet; use tensor_kind=1d")
 
 
+def test_experts_of_alternating_channels() -> None:
+    """Catches halves of gpt-oss's first linears cut as if one lay behind the other."""
+    model = ModelShape.from_config(fit(read_config("gpt_oss"), Plan(tensor=2), 64))
+    assert reasons(Plan(tensor=2, expert=2), model, 64) == []
+    (said,) = reasons(Plan(tensor=2, expert_tensor=2), model, 64)
+    assert said.startswith("expert_tensor=2 cannot split the experts of gpt_oss") and "use expert_tensor=1" in said
+
+
 def test_a_model_without_experts() -> None:
     """Catches the fields ignored where there is nothing to deal out."""
     dense = ModelShape.from_config(fit(read_config("llama"), Plan(), 64))

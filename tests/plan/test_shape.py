@@ -257,6 +257,34 @@ def test_windows_are_those_that_transformers_gives_each_layer(
     assert read == windows
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "expected"),
+    [
+        ("deepseek_v2", {}, (2 * 1407,) * 4),
+        ("deepseek_v3", {}, (18_432,) * 3 + (2048,)),
+        ("deepseek_v3", {"first_k_dense_replace": 9}, (18_432,) * 4),
+        ("qwen3_moe", {"mlp_only_layers": [1], "decoder_sparse_step": 2}, (6144, 6144, 6144, 0)),
+        ("mixtral", {}, (0,) * 4),
+        ("llama", {}, (11_008,) * 4),
+    ],
+)
+def test_what_all_tokens_go_through(family: str, changes: dict[str, Any], expected: tuple[int, ...]) -> None:
+    """Catches shared experts forgotten, and dense layers among sparse ones."""
+    config = {"model_type": family, "num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 64, **changes}
+    assert ModelShape.from_config({"vocab_size": 9, "max_position_embeddings": 9, **config}).inside == expected
+
+
+def test_latents_have_transformers_widths() -> None:
+    """Catches a null for no query latent taken for the default, and defaults that transformers does not have."""
+    sizes = {"vocab_size": 9, "max_position_embeddings": 9, "num_hidden_layers": 1, "num_attention_heads": 1}
+    for family in ("deepseek_v2", "deepseek_v3"):
+        config = {"model_type": family, "hidden_size": 64, **sizes}
+        shape, theirs = ModelShape.from_config(config), AutoConfig.for_model(family)
+        found = shape.query_latent, shape.key_latent, shape.shared_key
+        assert found == (theirs.q_lora_rank, theirs.kv_lora_rank, theirs.qk_rope_head_dim)
+        assert ModelShape.from_config({**config, "q_lora_rank": None}).query_latent == 0
+
+
 def test_the_sizes_are_those_that_transformers_reads() -> None:
     """Catches BLOOM's own names for its sizes misread, and defaults that are not the family's."""
     for family, sizes in itertools.product(FAMILIES, ({}, {"num_attention_heads": 2, "num_hidden_layers": 3})):

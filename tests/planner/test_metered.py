@@ -86,6 +86,9 @@ def predicted(family: str, text: str, changes: dict[str, Any], place: Place) -> 
         ("llama", "tensor=8 tensor_kind=3d", {"intermediate_size": 45}),
         ("llama", "tensor=6 tensor_kind=3d grid=3x2x1", {}),
         ("llama", "tensor=8 tensor_kind=3d regather=false", {"num_key_value_heads": 1}),
+        ("deepseek_v3", "tensor=2 ring=2", {}),
+        ("deepseek_v2", "tensor=3 tensor_overlap=ring regather=false", {"q_lora_rank": None}),
+        ("deepseek_v3", "tensor=3 sequence_parallel=false", {"first_k_dense_replace": 9}),
     ],
 )
 def test_a_layer_sends_what_the_formulas_say(pool: Pool, family: str, text: str, changes: dict[str, Any]) -> None:

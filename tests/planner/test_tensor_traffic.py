@@ -265,14 +265,17 @@ def test_key_heads_that_do_not_divide() -> None:
     assert [local_heads(plan, few, rank) for rank in range(3)] == [(4, 1), (4, 2), (4, 1)]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("deepseek")])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_the_linears_of_its_layer(family: str) -> None:
     """Catches a linear left out or twice: the sizes of a layer's weights add up."""
     model = ModelShape.from_config(fit(read_config(family), Plan(tensor=2), 64))
     found = [linear for group in layer_linears(Plan(tensor=2), model) for linear in group]
-    heads = 8 * (2 * model.heads + 2 * model.kv_heads)
+    attention = model.hidden * 8 * (2 * model.heads + 2 * model.kv_heads)
     inside = 0 if model.experts else model.intermediate * (2 if family in ("bloom", "gpt2") else 3)
-    assert sum(linear.in_features * linear.out_features for linear in found) == model.hidden * (heads + inside)
+    if family.startswith("deepseek"):  # keys 6 + 4 wide, values 8; latents of 12 and 10
+        attention = model.hidden * (12 + 10 + 4) + model.heads * (12 * (6 + 4) + 10 * (6 + 8) + 8 * model.hidden)
+        inside = 3 * 24 * (2 if family == "deepseek_v2" else 1)
+    assert sum(linear.in_features * linear.out_features for linear in found) == attention + model.hidden * inside
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -208,7 +208,11 @@ def _sent(
         )
         for place, mask in product(ranks, dict.fromkeys(masks))
     ]
-    linears = [tensor_bytes(plan, model, num_tokens, place=place, layout=layout, item_bytes=2) for place in ranks]
+    kinds = {width: layer for layer, width in enumerate(model.inside)}.values()
+    linears = [
+        tensor_bytes(plan, model, num_tokens, place=place, layout=layout, item_bytes=2, layer=layer)
+        for place, layer in product(ranks, kinds)
+    ]
     for found, where in ((attention, ""), (linears, " in its linears")):
         for axis in found[0]:
             counts = [sent[axis]["forward"] + sent[axis]["backward"] for sent in found]

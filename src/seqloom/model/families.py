@@ -9,22 +9,50 @@ from transformers import PreTrainedModel
 from seqloom.errors import ModelError
 
 COLWISE, ROWWISE = "colwise", "rowwise"
+DOWN, UP = "down", "up"
+"""To a latent that all heads read, whole on all ranks; and from it, split as a column-wise linear is."""
 
 
 @dataclass(frozen=True)
 class Directions:
     """The split linears of a family, by their names below the base model with `*` for a layer's number.
 
-    linears: name to colwise or rowwise. packed: how many linears of equal size a name packs along its output.
-    after: dropouts that follow a row-wise linear inside the module of its column-wise ones.
+    linears: name to colwise, rowwise, down or up. packed: how many linears of equal size a name packs along its output.
+    after: dropouts that follow a row-wise linear inside the module of its column-wise ones. by_head: parameters of
+    an attention module itself, a number for each query head.
     """
 
     linears: dict[str, str]
     packed: dict[str, int] = field(default_factory=dict)
     after: frozenset[str] = frozenset()
+    by_head: frozenset[str] = frozenset()
 
 
+_ATTENTION = {
+    "layers.*.self_attn.q_proj": COLWISE,
+    "layers.*.self_attn.k_proj": COLWISE,
+    "layers.*.self_attn.v_proj": COLWISE,
+    "layers.*.self_attn.o_proj": ROWWISE,
+}
+_LATENT = Directions(
+    {
+        "layers.*.self_attn.q_proj": COLWISE,  # where queries have no latent
+        "layers.*.self_attn.q_a_proj": DOWN,
+        "layers.*.self_attn.q_b_proj": UP,
+        "layers.*.self_attn.kv_a_proj_with_mqa": DOWN,
+        "layers.*.self_attn.kv_b_proj": UP,
+        "layers.*.self_attn.o_proj": ROWWISE,
+        **{
+            f"layers.*.mlp.{shared}{name}": direction
+            for shared in ("", "shared_experts.")
+            for name, direction in (("gate_proj", COLWISE), ("up_proj", COLWISE), ("down_proj", ROWWISE))
+        },
+    }
+)
 _OWN = {
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "gpt_oss": Directions(_ATTENTION, by_head=frozenset({"sinks"})),
     "bloom": Directions(
         {
             "h.*.self_attention.query_key_value": COLWISE,  # each head's q, k and v lie together
@@ -44,7 +72,7 @@ _OWN = {
         frozenset({"h.*.attn.resid_dropout", "h.*.mlp.dropout"}),
     ),
 }
-"""Families for which transformers has no plan."""
+"""Families for which transformers has no plan, or one that leaves latents whole."""
 
 
 def directions(model: PreTrainedModel) -> Directions:

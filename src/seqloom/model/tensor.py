@@ -1,10 +1,12 @@
 """The modules of an unmodified model, split over a tensor grid in place.
 
-What has parameters is one of six things, and anything else is refused: a linear with a direction, a norm, the
-token embedding, a learned position embedding, the head, a router or its experts. Between the entry of an attention or
-MLP and its row-wise linear lies the inner side, everywhere else the outer one (`plan.grid`).
+What has parameters is one of seven things, and anything else is refused: a linear with a direction, a norm, the
+token embedding, a learned position embedding, the head, a router or its experts, numbers of heads. Between the entry
+of an attention or MLP and its row-wise linear lies the inner side, everywhere else the outer one (`plan.grid`).
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from seqloom.errors import ModelError
 from seqloom.geometry import HeadSplit
 from seqloom.model.experts import is_experts
-from seqloom.model.families import COLWISE, ROWWISE, Directions, directions, pattern
-from seqloom.plan import ModelShape, Moves, Side, chunks, input_stays
+from seqloom.model.families import COLWISE, DOWN, ROWWISE, UP, Directions, directions, pattern
+from seqloom.plan import Direction, ModelShape, Moves, Side, chunks, input_stays
 from seqloom.tensor import (
+    LatentLinear,
     ParallelEmbedding,
     ParallelLayerNorm,
     ParallelLinear,
@@ -59,20 +62,28 @@ class _Splitting:
         if ends[0]:
             self._put(embedding, self._embedding(embedding, here if tied is None else tied))
         colwise: dict[str, list[ParallelLinear]] = {}
+        latents: dict[str, list[LatentLinear]] = {}
         for name, module in list(self.base.named_modules()):
-            direction = self.table.linears.get(pattern(name))
+            direction, parent = self.table.linears.get(pattern(name)), name.rpartition(".")[0]
             if direction is not None:
+                _refuse_wrapped(name, module)
+            if direction == DOWN:
+                latent = LatentLinear(self.group, module.weight, module.bias)
+                self._put(module, latent)
+                latents.setdefault(parent, []).append(latent)
+            elif direction is not None:
                 linear = self._linear(name, module, direction)
                 self._put(module, linear)
                 if direction == COLWISE:
-                    colwise.setdefault(name.rpartition(".")[0], []).append(linear)
+                    colwise.setdefault(parent, []).append(linear)
             elif isinstance(module, nn.Embedding) and module is not embedding:
                 self._put(module, self._positions(name, module))
-        for name, linears in colwise.items():
-            Siblings(self.base.get_submodule(name), linears)
+        entries = dict.fromkeys((*colwise, *latents))
+        for name in entries:
+            Siblings(self.base.get_submodule(name), colwise.get(name, ()), latents.get(name, ()))
         if ends[1]:
             self._head(head, here)
-        self._sides(set(colwise))
+        self._sides(set(entries))
         for name, module in list(self.base.named_modules()):
             if next(module.parameters(recurse=False), None) is not None and not _is_split(module):
                 self._rest(name, module)
@@ -85,15 +96,13 @@ class _Splitting:
         setattr(self.model.get_submodule(parent), child, new.train(old.training))
 
     def _linear(self, name: str, module: nn.Module, direction: str) -> ParallelLinear:
-        if type(module) not in (nn.Linear, Conv1D):
-            raise ModelError(
-                f"{name} is {type(module).__name__}, not a plain linear, and cannot be split over tensor ranks; "
-                "merge adapters into it, or use ring, ulysses or data."
-            )
         transposed = isinstance(module, Conv1D)
         out, width = reversed(module.weight.shape) if transposed else module.weight.shape
-        moves = self.group.grid.linear(direction, input_stays=input_stays(width, out, regather=self.group.regather))
+        way: Direction = ROWWISE if direction == ROWWISE else COLWISE
+        moves = self.group.grid.linear(way, input_stays=input_stays(width, out, regather=self.group.regather))
         rows = None
+        if direction == UP:  # latents are gathered already
+            moves = replace(moves, x=None)
         if direction == COLWISE and name.rpartition(".")[2] in ("k_proj", "v_proj"):
             moves, rows = self._kv_rows(moves)
         parts = self.table.packed.get(pattern(name), 1)
@@ -102,7 +111,7 @@ class _Splitting:
             moves,
             module.weight,
             module.bias,
-            direction=direction,
+            direction=way,
             parts=parts,
             transposed=transposed,
             rows=rows,
@@ -176,8 +185,12 @@ class _Splitting:
         """A norm, or what merely needs its parameters as this rank holds them."""
         side = self.group.grid.inner if module.tensor_side == "inner" else self.group.grid.outer
         kind = type(module).__name__
+        if {own for own, _ in module.named_parameters(recurse=False)} <= self.table.by_head:
+            inner = self.group.grid.inner
+            _on_local_parameters(module, self.group, inner, {inner.hidden or "": 0})
+            return
         if isinstance(module, nn.LayerNorm) or kind.endswith("RMSNorm"):
-            if side.hidden is None or module.tensor_side == "inner":  # the inner side's norms are of one head
+            if side.hidden is None or module.tensor_side == "inner":  # those inside are of one head, or of a latent
                 _on_local_parameters(module, self.group, side)
                 return
             self._put(module, self._norm(name, module, side))
@@ -224,14 +237,24 @@ def _refuse_options(name: str, module: nn.Embedding) -> None:
         raise ModelError(f"{name} has max_norm, scale_grad_by_freq or sparse, with which no table can be split.")
 
 
+def _refuse_wrapped(name: str, module: nn.Module) -> None:
+    if type(module) not in (nn.Linear, Conv1D):
+        raise ModelError(
+            f"{name} is {type(module).__name__}, not a plain linear, and cannot be split over tensor ranks; "
+            "merge adapters into it, or use ring, ulysses or data."
+        )
+
+
 def _is_split(module: nn.Module) -> bool:
-    return isinstance(module, ParallelLinear | ParallelEmbedding | PositionEmbedding)
+    return isinstance(module, ParallelLinear | LatentLinear | ParallelEmbedding | PositionEmbedding)
 
 
-def _on_local_parameters(module: nn.Module, group: TensorGroup, side: Side) -> None:
-    """Make the parameters of `module` replicated ones, and its own forward see this rank's copies."""
+def _on_local_parameters(
+    module: nn.Module, group: TensorGroup, side: Side, shards: Mapping[str, int | None] | None = None
+) -> None:
+    """Make the parameters of `module` split as `shards` says, or replicated, and its own forward see this rank's."""
     for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, split(parameter, group, {}, side))
+        setattr(module, name, split(parameter, group, shards or {}, side))
     held: list[dict[str, Any]] = []
 
     def enter(module: nn.Module, _: Any) -> None:

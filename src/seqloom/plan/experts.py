@@ -26,6 +26,11 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
             f"expert={plan.expert} is more than the {model.experts} experts of a layer, and each rank takes at least "
             f"one; the largest degree is {model.experts}."
         )
+    if plan.expert_tensor > 1 and model.family in _INTERLEAVED:
+        yield (
+            f"expert_tensor={plan.expert_tensor} cannot split the experts of {model.family}, whose two first linears "
+            "alternate channel by channel; use expert_tensor=1."
+        )
     if plan.expert_tensor not in (1, plan.tensor):
         yield (
             f"expert_tensor={plan.expert_tensor} is neither 1, each expert whole on a rank, nor all of "
@@ -38,3 +43,7 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     if ranks % plan.expert:
         degrees = ", ".join(str(degree) for degree in range(1, min(ranks, model.experts) + 1) if ranks % degree == 0)
         yield f"expert={plan.expert} does not divide the {ranks} ranks of {axes}; use a degree that does: {degrees}."
+
+
+_INTERLEAVED = ("gpt_oss",)
+"""Families whose experts have the channels of two linears in turn."""

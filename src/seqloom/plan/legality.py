@@ -11,13 +11,11 @@ from seqloom.plan.pipeline import pipeline_reasons
 from seqloom.plan.plan import MOST, Plan
 from seqloom.plan.recompute import recompute_reasons
 from seqloom.plan.shape import ModelShape
+from seqloom.plan.tiny import FAMILIES
 from seqloom.plan.zero import zero_reasons
 
 _ON_A_GRID = ("gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
-_IN_LINE = (*_ON_A_GRID, "bloom", "gpt2", "mixtral", "qwen3_moe")
-"""The families whose weights can be split over a grid of ranks, and over a line of them (tensor_kind=1d)."""
-_UNSPLIT = {"deepseek_v2": "latent attention", "deepseek_v3": "latent attention", "gpt_oss": "attention sinks"}
-"""What no line of ranks can split, of the others."""
+"""The families whose weights can be split over a grid of ranks; over a line of them (tensor_kind=1d) all can."""
 
 
 def check(
@@ -100,16 +98,10 @@ def _tensor_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     """Why the tensor grid cannot split this model's layers."""
     if plan.tensor == 1:
         return
-    families = _IN_LINE if plan.tensor_kind == "1d" else _ON_A_GRID
-    if model.family in _IN_LINE and model.family not in families:
+    if plan.tensor_kind != "1d" and model.family in set(FAMILIES) - set(_ON_A_GRID):
         yield (
             f"tensor_kind={plan.tensor_kind} cannot split {model.family} yet; use tensor_kind=1d, or a model of "
-            f"{', '.join(families)}."
-        )
-    elif model.family not in families and not model.unsupported:
-        yield (
-            f"tensor={plan.tensor} cannot split {model.family}, whose {_UNSPLIT[model.family]} no plan splits yet; "
-            "use tensor=1."
+            f"{', '.join(_ON_A_GRID)}."
         )
     elif model.experts and not plan.sequence_parallel:
         yield (

@@ -18,6 +18,10 @@ class ModelShape:
         the head's weight too. value_dim: width of a value head, by default head_dim, that of queries and keys.
     experts: of a layer that has them, 0 where none has; a token goes to experts_per_token of them, and `balanced`
         is whether the loss asks for their balance.
+    inside: for each layer the width inside of its MLP or of the experts that all tokens share, 0 where it has neither;
+        left out, intermediate, or 0 in a model with experts.
+    query_latent, key_latent: of multi-head latent attention the width of what queries are made of, 0 where that is the
+        hidden state, and of what keys and values are. shared_key: of the rotated part of keys, which all heads share.
     unsupported: a sentence for each feature that no plan honours yet.
     """
 
@@ -36,6 +40,10 @@ class ModelShape:
     experts: int = 0
     experts_per_token: int = 0
     balanced: bool = False
+    inside: tuple[int, ...] = ()
+    query_latent: int = 0
+    key_latent: int = 0
+    shared_key: int = 0
     unsupported: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -45,6 +53,8 @@ class ModelShape:
             object.__setattr__(self, "intermediate", 4 * self.hidden)
         if not self.value_dim:
             object.__setattr__(self, "value_dim", self.head_dim)
+        if not self.inside:
+            object.__setattr__(self, "inside", (0 if self.experts else self.intermediate,) * self.layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -96,7 +106,11 @@ class ModelShape:
             intermediate=values.get("intermediate_size", 0),
             tied=values.get("tie_word_embeddings", False) is True,
             value_dim=values["v_head_dim"] if family in _LATENT else 0,
+            query_latent=values.get("q_lora_rank", 0) if family in _LATENT else 0,
+            key_latent=values["kv_lora_rank"] if family in _LATENT else 0,
+            shared_key=values["qk_rope_head_dim"] if family in _LATENT else 0,
             experts=_experts(family, values),
+            inside=_inside(family, values),
             experts_per_token=values.get("num_experts_per_tok", 0),
             balanced=bool(values.get("output_router_logits")),
             unsupported=tuple(_unsupported(config)),
@@ -113,6 +127,9 @@ _OPTIONAL = (
     "qk_rope_head_dim",
     "v_head_dim",
     "num_experts_per_tok",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "moe_intermediate_size",
 )
 _QWEN: dict[str, Any] = {
     "num_key_value_heads": 32,
@@ -133,7 +150,11 @@ _DEEPSEEK: dict[str, Any] = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
     "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 1407,
     "first_k_dense_replace": 0,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
 }
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11_008},
@@ -169,6 +190,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         **_DEEPSEEK,
         "intermediate_size": 18_432,
         "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 2048,
         "num_experts_per_tok": 8,
         "first_k_dense_replace": 3,
     },
@@ -217,7 +240,7 @@ def _values(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-_NULLS = ("num_key_value_heads", "sliding_window")
+_NULLS = ("num_key_value_heads", "sliding_window", "q_lora_rank")
 
 
 def _head_dim(family: str, values: Mapping[str, Any]) -> int:
@@ -236,13 +259,24 @@ def _experts(family: str, values: Mapping[str, Any]) -> int:
         return 0
     if type(values[key]) is not int or values[key] < 0:
         raise ModelError(f"The model configuration's {key} is {values[key]!r}, not a whole number.")
-    layers, number = values["num_hidden_layers"], int(values[key])
-    if family in _LATENT and values["first_k_dense_replace"] >= layers:
-        return 0
-    dense = values.get("mlp_only_layers") or ()
-    step = values.get("decoder_sparse_step", 1)
-    sparse = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
-    return number if family != "qwen3_moe" or sparse else 0
+    return int(values[key]) if any(_sparse(family, values)) else 0
+
+
+def _sparse(family: str, values: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer has experts, of a family that has them."""
+    layers = range(values["num_hidden_layers"])
+    if family in _LATENT:
+        return [layer >= values["first_k_dense_replace"] for layer in layers]
+    dense, step = values.get("mlp_only_layers") or (), values.get("decoder_sparse_step", 1)
+    return [family != "qwen3_moe" or (layer not in dense and (layer + 1) % step == 0) for layer in layers]
+
+
+def _inside(family: str, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """For each layer the width inside of what all tokens go through beside attention; () for the same everywhere."""
+    if not _experts(family, values):
+        return ()
+    shared = values["n_shared_experts"] * values["moe_intermediate_size"] if family in _LATENT else 0
+    return tuple(shared if sparse else values["intermediate_size"] for sparse in _sparse(family, values))
 
 
 def _windows(family: str, values: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -20,11 +20,13 @@ not counted here) or q x q x q:
     3d                      2 (q-1) (MK + KN + MN) / q^3     (q-1) (3 MK + 3 KN + 2 MN) / q^3
 
 and 1d with sequence parallelism over t ranks sends 8 (t-1)/t N h in a decoder layer of N tokens and hidden h, or
-10 (t-1)/t N h. Sources: arXiv 2205.05198 (1d), 2104.05343 (2d), 2105.14500 (2.5d), 2105.14450 (3d).
+10 (t-1)/t N h. Multi-head latent attention gathers latents of width l once and scatters their gradient, 2 (t-1)/t N l
+where q, k and v of other families send 2 or 3 (t-1)/t N h. Sources: arXiv 2205.05198 (1d), 2104.05343 (2d),
+2105.14500 (2.5d), 2105.14450 (3d).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from math import prod
@@ -155,12 +157,15 @@ class _Sending:
         return shape[0], shape[1]
 
 
-def layer_linears(plan: Plan, model: ModelShape, heads_rank: int = 0) -> tuple[tuple[Linear, ...], ...]:
-    """The linears of a decoder layer, those that read the same input together; experts are none of them.
+def layer_linears(
+    plan: Plan, model: ModelShape, heads_rank: int = 0, *, layer: int = -1
+) -> tuple[tuple[Linear, ...], ...]:
+    """The linears of a decoder layer, those that read the same input together; experts of some tokens are none of them.
 
-    heads_rank: the place among the ranks that split heads, for key/value heads that do not divide.
+    heads_rank: the place among the ranks that split heads, for key/value heads that do not divide. layer: its number,
+    by default the last, where layers differ.
     """
-    grid, hidden, inside = plan.tensor_grid, model.hidden, model.intermediate
+    grid, hidden, inside = plan.tensor_grid, model.hidden, model.inside[layer]
     attention, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     colwise = grid.linear("colwise")
 
@@ -171,6 +176,9 @@ def layer_linears(plan: Plan, model: ModelShape, heads_rank: int = 0) -> tuple[t
         stays = input_stays(in_features, hidden, regather=plan.regather)
         return Linear("rowwise", in_features, hidden, grid.linear("rowwise", input_stays=stays))
 
+    mlp = ((into(inside), into(inside)), (back(inside),)) if inside else ()
+    if model.key_latent:
+        return *_latent_linears(model, into, colwise), (back(model.heads * model.value_dim),), *mlp
     if model.family in _PACKED:  # all in one, as many rows as of three
         return (into(3 * attention),), (back(attention),), (into(inside),), (back(inside),)
     keys_moves, rows = colwise, None
@@ -181,23 +189,36 @@ def layer_linears(plan: Plan, model: ModelShape, heads_rank: int = 0) -> tuple[t
         keys_moves = Moves(colwise.x, weight, colwise.y, shards)
         rows = local_heads(plan, model, heads_rank)[1] * model.head_dim
     read = into(attention), into(keys, keys_moves, rows), into(keys, keys_moves, rows)
-    if model.experts:
-        return read, (back(attention),)
-    return read, (back(attention),), (into(inside), into(inside)), (back(inside),)
+    return read, (back(attention),), *mlp
+
+
+def _latent_linears(model: ModelShape, into: Callable[[int], Linear], colwise: Moves) -> tuple[tuple[Linear, ...], ...]:
+    """The projections of latent attention: to latents, whole on all ranks, and from these to heads."""
+    whole, split = Moves(None, None, None, {}), replace(colwise, x=None)
+    heads, latent = model.heads, model.key_latent
+    keys = Linear("colwise", latent, heads * (model.head_dim - model.shared_key + model.value_dim), split)
+    down = Linear("colwise", model.hidden, latent + model.shared_key, whole)
+    if not model.query_latent:
+        return (into(heads * model.head_dim),), (down,), (keys,)
+    queries = Linear("colwise", model.query_latent, heads * model.head_dim, split)
+    return (Linear("colwise", model.hidden, model.query_latent, whole), down), (queries,), (keys,)
 
 
 _PACKED = ("bloom", "gpt2")
 """Families of one projection for q, k and v, and an MLP without a gate."""
 
 
-def layer_elements(plan: Plan, model: ModelShape, layout: Layout, place: Place, *, sequences: int = 1) -> Sent:
+def layer_elements(
+    plan: Plan, model: ModelShape, layout: Layout, place: Place, *, sequences: int = 1, layer: int = -1
+) -> Sent:
     """Elements one rank sends along each axis of the grid in the linears of a decoder layer.
 
-    sequences: that it works on at once. Beside these, norms whose hidden dim is split sum one number a token,
-    and the gradients of parameters that ranks share are summed once a step.
+    sequences: that it works on at once. layer: its number, by default the last, where layers differ. Beside these,
+    norms whose hidden dim is split sum one number a token, and the gradients of parameters that ranks share are summed
+    once a step.
     """
     tokens, at = Tokens.of(plan, layout, place), place.on_grid(plan)
-    return _sum(
+    found = [
         linear_elements(
             linears,
             plan.tensor_grid,
@@ -207,8 +228,14 @@ def layer_elements(plan: Plan, model: ModelShape, layout: Layout, place: Place, 
             regather=plan.regather,
             ring=plan.tensor_overlap == "ring",
         )
-        for linears in layer_linears(plan, model, place.heads)
-    )
+        for linears in layer_linears(plan, model, place.heads, layer=layer)
+    ]
+    if model.key_latent:  # gathered together, once, and never in ring steps
+        latents = _Sending(plan.tensor_grid, at, tokens, sequences, regather=False, ring=False)
+        width = model.query_latent + model.key_latent + model.shared_key
+        latents.gathered(plan.tensor_grid.linear("colwise").x, width, tokens.outer, width)
+        found.append(latents.counts)
+    return _sum(found)
 
 
 def model_elements(plan: Plan, model: ModelShape, layout: Layout, place: Place, *, sequences: int = 1) -> Sent:
@@ -225,9 +252,11 @@ def model_elements(plan: Plan, model: ModelShape, layout: Layout, place: Place, 
     looked_up = sum(tokens.sizes[ids.axis]) if ids is not None else tokens.outer
     embedding.scattered(table.moves.y, model.hidden, looked_up, width)
     head = Linear("colwise", model.hidden, model.vocab, grid.linear("colwise"))
-    layer = layer_elements(plan, model, layout, place, sequences=sequences)
+    layers = [
+        layer_elements(plan, model, layout, place, sequences=sequences, layer=layer) for layer in range(model.layers)
+    ]
     rest = embedding.counts, linear_elements([head], grid, at, tokens, sequences=sequences, regather=False)
-    return _sum([*[layer] * model.layers, *rest])
+    return _sum([*layers, *rest])
 
 
 def tensor_bytes(
@@ -239,16 +268,19 @@ def tensor_bytes(
     sequences: int = 1,
     layout: Layout | None = None,
     item_bytes: int = 4,
+    layer: int = -1,
 ) -> dict[str, dict[str, int]]:
     """Bytes one rank sends in the linears of a decoder layer, as {axis of the grid: {"forward": ..., "backward": ...}}.
 
-    num_tokens: length of a global sequence. layout: who holds which tokens, by default the plan's for one
-    causal document. item_bytes: size of an element; activations, weights and gradients travel alike. Where
-    activations are summed whole in a type below float32, in parts that do not divide, a rank sends up to
-    so many elements more or less as there are ranks.
+    What goes to routed experts is in `planner.expert_traffic`.
+
+    num_tokens: length of a global sequence. layer: its number, by default the last, where layers differ. layout: who
+    holds which tokens, by default the plan's for one causal document. item_bytes: size of an element; activations,
+    weights and gradients travel alike. Where activations are summed whole in a type below float32, in parts that do
+    not divide, a rank sends up to so many elements more or less as there are ranks.
     """
     layout = layout or Layout(plan.layout, num_tokens, plan.attention_ring, plan.attention_ulysses)
-    elements = layer_elements(plan, model, layout, place or Place(), sequences=sequences)
+    elements = layer_elements(plan, model, layout, place or Place(), sequences=sequences, layer=layer)
     return {axis: {way: int(count * item_bytes) for way, count in ways.items()} for axis, ways in elements.items()}
 
 

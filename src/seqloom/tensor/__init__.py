@@ -4,6 +4,7 @@ from seqloom.tensor.dropout import ParallelDropout
 from seqloom.tensor.embedding import ParallelEmbedding, PositionEmbedding
 from seqloom.tensor.group import TensorGroup, Transfer
 from seqloom.tensor.head import split_head
+from seqloom.tensor.latent import LatentLinear
 from seqloom.tensor.linear import Call, computed_in, parallel_linear
 from seqloom.tensor.modules import ParallelLinear, Placeholder, Siblings
 from seqloom.tensor.norm import ParallelLayerNorm, ParallelRMSNorm
@@ -18,6 +19,7 @@ from seqloom.tensor.regions import (
 
 __all__ = [
     "Call",
+    "LatentLinear",
     "ParallelDropout",
     "ParallelEmbedding",
     "ParallelLayerNorm",

@@ -11,6 +11,7 @@ from seqloom.errors import DataError, ModelError
 from seqloom.geometry import total
 from seqloom.plan import Moves, chunks
 from seqloom.tensor.group import TOKENS, TensorGroup
+from seqloom.tensor.latent import LatentLinear, compute_latents
 from seqloom.tensor.linear import Call, computed_in, in_autocast, parallel_linear
 from seqloom.tensor.parameters import local, split, whole
 from seqloom.tensor.ring import ring_linear
@@ -191,29 +192,36 @@ class Placeholder(torch.Tensor):
 
 
 class Siblings:
-    """The column-wise linears that read one module's input: computed together when the module is entered.
+    """The linears that read one module's input, column-wise or to latents: computed when the module is entered.
 
-    So they share one gathering of the input, and backward sums their gradients before one reduce-scatter.
+    So the column-wise ones share one gathering of the input, and backward sums their gradients before one
+    reduce-scatter; and the latents are gathered together.
     """
 
-    def __init__(self, module: nn.Module, linears: Sequence[ParallelLinear]) -> None:
-        """Compute `linears` at each entry of `module`, whose first argument they all read."""
-        self.linears = list(linears)
-        self.made: dict[ParallelLinear, list[Tensor]] = {}
-        for linear in self.linears:
+    def __init__(
+        self, module: nn.Module, linears: Sequence[ParallelLinear], latents: Sequence[LatentLinear] = ()
+    ) -> None:
+        """Compute `linears` and `latents` at each entry of `module`, whose first argument they all read."""
+        self.linears, self.latents = list(linears), list(latents)
+        self.made: dict[nn.Module, list[Tensor]] = {}
+        for linear in (*self.linears, *self.latents):
             linear.siblings = weakref.ref(self)
         module.register_forward_pre_hook(self._enter, with_kwargs=True)
         module.register_forward_hook(self._leave, always_call=True)
 
-    def take(self, linear: ParallelLinear) -> list[Tensor] | None:
+    def take(self, linear: nn.Module) -> list[Tensor] | None:
         """What was made for a linear, once."""
         return self.made.pop(linear, None)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         x = args[0] if args else kwargs["hidden_states"]
-        first = self.linears[0]
-        outs = iter(compute(first.group, self.linears, x))
-        self.made = {linear: [next(outs) for _ in linear.names] for linear in self.linears}
+        first = (*self.linears, *self.latents)[0]
+        if self.linears:
+            outs = iter(compute(first.group, self.linears, x))
+            self.made = {linear: [next(outs) for _ in linear.names] for linear in self.linears}
+        if self.latents:
+            found = zip(self.latents, compute_latents(self.latents, x), strict=True)
+            self.made |= {linear: [latent] for linear, latent in found}
         stands = Placeholder.like(x, self.made[first][0].shape[TOKENS], first.in_features, type(module).__name__)
         return ((stands, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stands})
 
