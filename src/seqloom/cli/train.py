@@ -6,44 +6,87 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seqloom.errors import SeqloomError
+from seqloom.errors import ConfigError, SeqloomError
 
 if TYPE_CHECKING:
-    from seqloom.train import Summary
+    from seqloom.train import Config, Summary
 
 REFUSED = 2
 """Exit status of anything refused with a reason; 1 means that a check ran and failed."""
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file; see docs/training.md.")],
+    config: Annotated[str, typer.Argument(help="A YAML file; see docs/training.md. With --from, a file or flags.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, replacing the file's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    dialect: Annotated[
+        str | None,
+        typer.Option("--from", help="Run settings of colossalai, mindformers or megatron (flags after --)."),
+    ] = None,
+    scale: Annotated[
+        str | None, typer.Option("--scale", help="With --from: tiny keeps the plan's axes, and reduces all sizes.")
+    ] = None,
+    world: Annotated[
+        int | None, typer.Option("--world", help="With --from: processes there are, where the file leaves it open.")
+    ] = None,
+    version: Annotated[
+        str | None, typer.Option("--dialect-version", help="With --from: of their system, where versions differ.")
+    ] = None,
+    keep_order: Annotated[
+        bool, typer.Option("--keep-rank-order", help="With --from: keep their rank order too, or refuse.")
+    ] = False,
 ) -> None:
     """Train a model on text, its sequences split as the plan says.
 
     Starts its own processes on this machine, or joins those of torchrun or Slurm's srun. Ctrl-C saves and leaves.
     """
-    from seqloom.train import load_config, prepare, remaining, steps_taken
-    from seqloom.train import train as run
+    from seqloom.train import load_config, prepare
 
-    settings = load_config(config, overrides or [])
+    words, told, made = [config, *(overrides or [])], (), None
+    if dialect is None:
+        _refuse_alone(
+            {"--scale": scale, "--world": world, "--dialect-version": version, "--keep-rank-order": keep_order}
+        )
+        settings = load_config(Path(words[0]), words[1:])
+    else:
+        from seqloom.cli.foreign import read
+
+        made = read(dialect, words, scale=scale, world=world, version=version, keep_order=keep_order)
+        settings, told = made.config, made.lines
 
     # What starts processes loads after the settings are read, so that a mistake in them is told at once.
-    from seqloom.fabric.launch import distributed, launched, run_local, speaks
+    from seqloom.fabric.launch import launched, speaks
 
-    world = launched()
     try:
-        notes = prepare(settings, resume=resume, world=world)
+        notes = prepare(settings, resume=resume, world=launched())
     except SeqloomError:
         if speaks():
             raise
         raise typer.Exit(REFUSED) from None  # all ranks are refused alike, and one of them says why
-    for note in notes if speaks() else ():
-        typer.echo(note)
     if speaks():
+        if made is not None:
+            made.keep()
+        for line in (*told, *notes):
+            typer.echo(line)
         typer.echo(f"Reading the text and starting '{settings.plan}' ...")
-    timeout = settings.run.timeout_seconds
+    summary = _run(settings, resume)
+    if speaks():
+        typer.echo(_told(summary))
+
+
+def _refuse_alone(options: dict[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ConfigError(f"{given[0]} is for settings of another system; say whose with --from, or leave it out.")
+
+
+def _run(settings: "Config", resume: bool) -> "Summary":
+    """Train phase after phase, in processes of its own or as one of a launcher's."""
+    from seqloom.fabric.launch import distributed, launched, run_local, speaks
+    from seqloom.train import remaining, steps_taken
+    from seqloom.train import train as run
+
+    timeout, world = settings.run.timeout_seconds, launched()
     phases = remaining(settings, steps_taken(settings) if resume else 0)
     # Processes that a launcher started meet once: its store knows the addresses of their first meeting for good.
     with distributed(timeout) if world is not None else nullcontext():
@@ -59,8 +102,7 @@ def train(
             resume = True  # each phase goes on from the checkpoint at the end of the one before
             if summary.stopped:
                 break
-    if speaks():
-        typer.echo(_told(summary))
+    return summary
 
 
 def _told(summary: "Summary") -> str:

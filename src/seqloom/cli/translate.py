@@ -1,14 +1,12 @@
 """seqloom translate"""
 
 import json
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from seqloom.cli.notes import translation_lines
 from seqloom.errors import DialectError
-
-if TYPE_CHECKING:
-    from seqloom.dialects import Translation
 
 
 def translate(
@@ -40,24 +38,4 @@ def translate(
                 json.dumps({"plan": None, "world_size": None, "model": None, "train": None, "notes": notes}, indent=2)
             )
         raise
-    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(_lines(found)))
-
-
-def _lines(found: "Translation") -> list[str]:
-    """The translation for people: the plan, what is trained, and a line for each option."""
-    said = {key: value for key, value in found.train.items() if value not in (None, {}, "none")}
-    lines = [f"Plan: '{found.plan}' on {found.world_size} processes."]
-    lines += [f"Model: {json.dumps(found.model)}"] if found.model else ["Model: not known from these settings."]
-    lines.append(f"Training: {json.dumps(said)}")
-    for verdict in ("changed", "mapped", "no effect"):
-        notes = [note for note in found.notes if note.verdict == verdict]
-        lines += ["", f"{verdict.capitalize()}:"] if notes else []
-        for note in notes:
-            value = "" if note.value is None or note.value is True else f" {_short(note.value)}"
-            lines.append(f"  {note.option}{value}: {note.why}")
-    return lines
-
-
-def _short(value: object) -> str:
-    text = " ".join((value if isinstance(value, str) else json.dumps(value)).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+    typer.echo(json.dumps(found.as_json(), indent=2) if as_json else "\n".join(translation_lines(found)))

@@ -74,7 +74,7 @@ def conclude(ledger: Ledger, draft: Draft, keep_order: bool) -> Translation:
         raise DialectError(error.reasons, ledger.notes) from error
     plan = _order(ledger, plan, draft, keep_order)
     length = draft.train.get("sequence_length")
-    model = _long_enough(ledger, draft.model, length)
+    model = long_enough(ledger, draft.model, length)
     if model is not None:
         _legality(ledger, plan, model, length)
     ledger.stop()
@@ -126,7 +126,7 @@ def _order(ledger: Ledger, plan: Plan, draft: Draft, keep: bool) -> Plan:
     return kept
 
 
-def _long_enough(ledger: Ledger, model: dict[str, Any] | None, length: int | None) -> dict[str, Any] | None:
+def long_enough(ledger: Ledger, model: dict[str, Any] | None, length: int | None) -> dict[str, Any] | None:
     """The model with positions for the sequence: there no table of positions refuses a longer one."""
     if model is None or length is None:
         return model

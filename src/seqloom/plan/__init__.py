@@ -7,6 +7,7 @@ from seqloom.plan.legality import check, legal_plans, nearest, reasons, shortest
 from seqloom.plan.pipeline import cut, layer_costs, micro_batches_needed, stage_rank, stages_of
 from seqloom.plan.plan import Plan
 from seqloom.plan.recompute import Unit, run_again, units
+from seqloom.plan.scale import few_micro_batches, reduced, shrunk
 from seqloom.plan.shape import ModelShape
 from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, fit_world, read_config
 from seqloom.plan.zero import row_shares
@@ -27,6 +28,7 @@ __all__ = [
     "chunks",
     "cut",
     "every_plan",
+    "few_micro_batches",
     "fit",
     "fit_world",
     "input_stays",
@@ -36,9 +38,11 @@ __all__ = [
     "nearest",
     "read_config",
     "reasons",
+    "reduced",
     "row_shares",
     "run_again",
     "shortest",
+    "shrunk",
     "stage_rank",
     "stages_of",
     "units",

@@ -8,14 +8,17 @@ from seqloom.train.optimizer import PlannedAdamW, Stepped, adamw
 from seqloom.train.prepare import prepare, steps_taken
 from seqloom.train.reading import load_config
 from seqloom.train.step import StepReport, apply_gradients, compute_gradients, computing
+from seqloom.train.translated import Scale, TranslatedRun, translated
 
 __all__ = [
     "Config",
     "PlannedAdamW",
+    "Scale",
     "StepReport",
     "Stepped",
     "Stretch",
     "Summary",
+    "TranslatedRun",
     "adamw",
     "apply_gradients",
     "compute_gradients",
@@ -26,4 +29,5 @@ __all__ = [
     "remaining",
     "steps_taken",
     "train",
+    "translated",
 ]

@@ -9,7 +9,7 @@ from seqloom.plan import Plan
 from seqloom.train.wording import shown
 
 
-def _read_plan(value: object) -> Plan:
+def read_plan(value: object) -> Plan:
     if isinstance(value, Plan):
         return value
     if not isinstance(value, str):
@@ -20,7 +20,7 @@ def _read_plan(value: object) -> Plan:
         raise ValueError(str(error)) from error
 
 
-PlanText = Annotated[Plan, PlainValidator(_read_plan), PlainSerializer(str, return_type=str)]
+PlanText = Annotated[Plan, PlainValidator(read_plan), PlainSerializer(str, return_type=str)]
 Count = Annotated[int, Field(ge=1)]
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]

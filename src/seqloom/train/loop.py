@@ -291,6 +291,7 @@ def _optimizer(model: PreTrainedModel, train: TrainConfig, fabric: Fabric) -> to
         learning_rate=train.learning_rate,
         weight_decay=train.weight_decay,
         betas=train.betas,
+        epsilon=train.epsilon,
         only_matrices=True,
     )
 

@@ -29,6 +29,7 @@ class TrainConfig(Section):
     final_learning_rate_share: what the rate falls to, as a share of `learning_rate`.
     weight_decay: of AdamW, decoupled; applied to matrices only.
     betas: decay of AdamW's first and second moments.
+    epsilon: of AdamW, added to the root of the second moment.
     clip: the largest global gradient norm; null is no limit.
     precision: `float32`; `bf16` or `fp16` for the arithmetic of the model alone; `float64` for everything, as proofs.
     initial_loss_scale: what `fp16` multiplies losses by at first.
@@ -52,6 +53,7 @@ class TrainConfig(Section):
     final_learning_rate_share: Share = 0.1
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
+    epsilon: Amount = 1e-8
     clip: Amount | None = 1.0
     precision: Precision = "float32"
     initial_loss_scale: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 65536.0

@@ -20,15 +20,27 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     The value of an override is read as YAML. Raises ConfigError that says everything wrong at once.
     """
-    values = _read_yaml(Path(path))
+    return checked(_read_yaml(Path(path)), overrides, str(path))
+
+
+def checked(values: dict[Any, Any], overrides: Sequence[str], title: str) -> Config:
+    """The configuration of plain values with overrides laid over them; title: what an error calls them."""
     found = [reason for override in overrides if (reason := _override(values, override))]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         found += [_sentence(detail) for detail in error.errors()]
     if found:
-        raise ConfigError(f"{path}: " + " Also: ".join(dict.fromkeys(found)))
+        raise ConfigError(f"{title}: " + " Also: ".join(dict.fromkeys(found)))
     return config
+
+
+def overriding(overrides: Sequence[str]) -> dict[Any, Any]:
+    """What overrides alone say, as nested sections; those that cannot be read are left to `checked`."""
+    values: dict[Any, Any] = {}
+    for override in overrides:
+        _override(values, override)
+    return values
 
 
 class _Loader(yaml.SafeLoader):
