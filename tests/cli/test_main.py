@@ -26,7 +26,7 @@ def commands() -> dict[str, click.Command]:
 
 FLAGS = {
     "": "--debug --version",
-    "train": "config overrides --resume",
+    "train": "config overrides --resume --from --scale --world --dialect-version --keep-rank-order",
     "export": "source out --best",
     "verify": "--plan --model --seq-len --heads --kv-heads --layers --batch --documents --full --window --prefix "
     "--steps --accumulate --dtype --dropout --json",
