@@ -95,7 +95,7 @@ def _shares(plan: Plan, found: Plan) -> dict[str, Any]:
     return {"zero": plan.zero, "offload": plan.offload, "zero_replicas": max(fitting)}
 
 
-def _experts(plan: Plan, found: Plan) -> dict[str, int]:
+def _experts(plan: Plan, found: Plan) -> dict[str, Any]:
     """The fields of experts that these degrees allow."""
     split = found.tensor if plan.expert_tensor > 1 else 1
     ranks = found.replicas * (found.tensor if split == 1 else 1)
