@@ -1,5 +1,8 @@
 """Megatron-LM's names against one device: groups, regions, linears, the calls of AscendSpeed, and what is refused."""
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +12,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.functional import gelu
 
+from architecture.source import ROOT
 from close import assert_close
 from pool import Pool
 from seqloom.compat import megatron
 from seqloom.compat.megatron import ModelParallelConfig, parallel_state, tensor_parallel
 from seqloom.errors import ConfigError, DataError, PlanError, SeqloomError
+from train.runs import environment
 
 LINEAR = megatron.linear_with_grad_accumulation_and_async_allreduce
 BATCH, WIDTH, INNER = 2, 6, 10
@@ -397,3 +402,16 @@ def test_nothing_works_before_the_groups_are_made() -> None:
     """Catches a region that would quietly do nothing where a program forgot to make its groups."""
     with pytest.raises(ConfigError, match="call initialize_model_parallel first"):
         megatron.scatter_to_sequence_parallel_region(X)
+
+
+@pytest.mark.sweep
+def test_the_example_equals_one_device() -> None:
+    """Catches an example that does not run, or that shows another output than one device has."""
+    program = str(ROOT / "examples" / "megatron_linears.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", program]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"rank {rank}" for rank in range(4)]
+    apart = [float(number) for line in lines for number in re.findall(r"\de-\d+", line)]
+    assert len(apart) == 8 and max(apart) < 1e-12

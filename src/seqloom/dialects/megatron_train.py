@@ -193,7 +193,8 @@ def _deepspeed_stage(ledger: Ledger) -> int:
         given = ledger.number(flag)
         if flag in ledger and given != stage:
             ledger.note(flag, "no effect", f"The DeepSpeed configuration says stage {stage}, and that counts.")
-        ledger.mapped("As in the DeepSpeed configuration.", flag)
+        else:
+            ledger.mapped("As in the DeepSpeed configuration.", flag)
         return stage
     given = ledger.number(flag, 1.0)
     if given not in (0, 1, 2, 3):
