@@ -197,7 +197,7 @@ REFUSED = {
     "--model llama --plan ring=3,inner_ring=2": ["inner_ring=2 does not divide ring=3"],
     "--model llama --plan ring=2,exchange=gather,inner_ring=2": ["inner_ring=2", "exchange=ring"],
     "--model bloom --plan ring=2 --kv-heads 2": ["bloom", "key/value head"],
-    "--model llama --plan pipeline=2": ["pipeline=2 is not supported yet"],
+    "--model llama --plan pipeline=2,stages=1-1-2": ["names 3 stages, but the plan has 2"],
     "--model llama --plan tensor=3 --heads 4": ["4 query heads", "tensor=3", "1, 2, 4"],
     "--model llama --plan tensor=6,tensor_kind=2d": ["tensor=6 is no square", "grid=3x2"],
     "--model llama --plan tensor=4,depth=2": ["depth=2 belongs to tensor_kind=2.5d"],

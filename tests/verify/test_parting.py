@@ -70,8 +70,8 @@ def altered(change: Callable[[Any], object], rank: int) -> AbstractContextManage
     module = sys.modules[VERIFY]
     parallelize = module.parallelize
 
-    def wrong(model: nn.Module, fabric: Any) -> nn.Module:
-        model = parallelize(model, fabric)
+    def wrong(model: nn.Module, fabric: Any, **asked: Any) -> nn.Module:
+        model = parallelize(model, fabric, **asked)
         if dist.get_rank() == rank:
             with torch.no_grad():
                 change(model)
