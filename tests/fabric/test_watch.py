@@ -10,6 +10,7 @@ from torch import distributed
 from pool import Pool
 from seqloom.errors import CommunicationError
 from seqloom.fabric import Fabric, all_reduce_, naming_others, start_trade
+from seqloom.fabric.failure import naming
 from seqloom.fabric.watch import missing, standings
 from seqloom.plan import Plan
 
@@ -37,6 +38,22 @@ def test_who_is_missing() -> None:
     )
     assert missing("ring", 7, range(30), {}).endswith("; nor have 22 more ranks")
     assert standings(12, places).endswith("; and 4 more ranks")
+
+
+def places_in_a_pipeline() -> list[Any]:
+    """Where this rank says it is inside a step of the pipeline, after a collective of that step, and after the step."""
+    fabric = Fabric.build(Plan(ring=2))
+    place, found = fabric.meter.place, []
+    place.begin("pipeline", "pipeline")
+    with naming("pipeline", fabric.ring, 1):
+        all_reduce_(torch.ones(3), fabric.ring)
+        found.append(place.inside)
+    return [*found, place.inside]
+
+
+def test_a_rank_stands_in_the_pipeline_after_a_collective_inside_it(pool: Pool) -> None:
+    """Catches a rank stuck in a pipeline's step that says it is in no collective."""
+    assert pool.run(2, places_in_a_pipeline)[0] == [("pipeline", "ring", 1), None]
 
 
 def until_all_have_said(fabric: Fabric, waiting: int) -> None:

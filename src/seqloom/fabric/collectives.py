@@ -132,20 +132,27 @@ def reduce_scatter_into_(mine: Tensor, parts: Tensor, axis: Axis, *, async_op: b
         return _reduce_scatter_single(mine, parts, group=axis.group, async_op=async_op)
 
 
-def start_trade(leaving: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[Tensor]], axis: Axis) -> Pending:
+def start_trade(
+    leaving: Sequence[Sequence[Tensor]],
+    arriving: Sequence[Sequence[Tensor]],
+    axis: Axis,
+    *,
+    what: str = "all-to-all",
+) -> Pending:
     """Begin an all-to-all of uneven parts: the tensors leaving[p] go to rank p, arriving[p] are filled by rank p.
 
     All are contiguous; empty ones are not sent. A rank's part for itself is neither read nor filled:
     who calls knows a shorter way. It is made of messages between pairs, which gloo carries faster than
-    its own all-to-all, all-gather and reduce-scatter. `wait` gives what has arrived.
+    its own all-to-all, all-gather and reduce-scatter. `wait` gives what has arrived. what: its name where it
+    fails.
     """
     others = [(axis.rank + by) % axis.size for by in range(1, axis.size)]
     sent = {peer: leaving[peer] for peer in others if any(part.numel() for part in leaving[peer])}
     received = {peer: arriving[peer] for peer in reversed(others) if any(part.numel() for part in arriving[peer])}
     axis.meter.add(axis.name, sum(_bytes(part) for parts in sent.values() for part in parts))
-    with _beginning("all-to-all", axis):
+    with _beginning(what, axis):
         works = _start_messages(sent, received, axis, tag=0)
-    return Pending("all-to-all", axis, works, arriving, leaving)
+    return Pending(what, axis, works, arriving, leaving)
 
 
 def start_collect(part: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Pending:
@@ -168,7 +175,7 @@ def start_collect(part: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> P
             if rank != axis.rank and view is not arrived:
                 view.copy_(arrived)
 
-    trade = start_trade([[leaving]] * axis.size, [[part] for part in arriving], axis)
+    trade = start_trade([[leaving]] * axis.size, [[part] for part in arriving], axis, what="all-gather")
     return Pending("all-gather", axis, trade.works, whole, leaving, finish)
 
 
@@ -195,7 +202,7 @@ def start_sum_parts(whole: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -
         if summed is not total:
             total.copy_(summed)
 
-    trade = start_trade([[part] for part in leaving], [[part] for part in arriving], axis)
+    trade = start_trade([[part] for part in leaving], [[part] for part in arriving], axis, what="reduce-scatter")
     return Pending("reduce-scatter", axis, trade.works, total, leaving, finish)
 
 

@@ -31,7 +31,7 @@ def naming(what: str, axis: Axis, number: int) -> Iterator[None]:
     its other end says why.
     """
     place, started = axis.meter.place, time.monotonic()
-    place.inside = (what, axis.name, number)
+    outer, place.inside = place.inside, (what, axis.name, number)  # a pipeline's step has collectives inside
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL raise RuntimeError and its subclasses for everything
@@ -50,7 +50,7 @@ def naming(what: str, axis: Axis, number: int) -> Iterator[None]:
             f"{what} on axis {axis.name} failed at rank {axis.rank} of {axis.size}: a peer died or stalled; if "
             f"another rank reports an error of its own, that is the reason; {PAGE} ({_cause(error)})."
         ) from error
-    place.inside = None
+    place.inside = outer
 
 
 @contextmanager

@@ -40,7 +40,7 @@ class Place:
     def begin(self, what: str, axis: str) -> None:
         """Note that a collective in which all ranks of the axis take part begins here."""
         self.counts[axis] += 1
-        self.inside = self.last = (what, axis, self.counts[axis])
+        self.last = (what, axis, self.counts[axis])
 
     def dump(self) -> str:
         """As the store keeps it."""
