@@ -369,11 +369,11 @@ def test_the_nearest_grid(asked: str, known: dict[str, Any], found: str | None) 
 def test_a_search_over_many_processes_ends_at_once() -> None:
     """Catches a search whose candidates multiply: 55,440 processes have 120 divisors."""
     shape = replace(TINY, heads=96, kv_heads=8, max_positions=None)
-    started = time.perf_counter()
+    started = time.process_time()
     for text in ("tensor=7", "tensor=16 tensor_kind=2d", "tensor=27 tensor_kind=3d", "ulysses=100"):
         assert nearest(Plan.parse(text), shape, 2**20, world=55_440) is not None
     assert nearest(Plan(tensor=5), replace(shape, family="bloom"), 1, world=55_440) == Plan(data=55_440)
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_ties_keep_the_data_degree() -> None:
@@ -551,7 +551,7 @@ def test_a_refusal_names_fact_limit_and_way_out(what: str) -> None:
 
 def templates() -> list[str]:
     """Each sentence that the rooms of a plan's legality can write, as a pattern with holes where values stand."""
-    files = [Path(inspect.getfile(Plan)), Path(inspect.getfile(check)), Path(inspect.getfile(pipeline_reasons))]
+    files = [Path(inspect.getfile(Plan)), Path(inspect.getfile(reasons)), Path(inspect.getfile(pipeline_reasons))]
     strings = [
         node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.JoinedStr)
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqloom.plan.grid import divisors
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
 
@@ -41,7 +42,7 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     if plan.expert_tensor == 1:
         ranks, axes = ranks * plan.tensor, f"{axes} x tensor"
     if ranks % plan.expert:
-        degrees = ", ".join(str(degree) for degree in range(1, min(ranks, model.experts) + 1) if ranks % degree == 0)
+        degrees = ", ".join(str(degree) for degree in divisors(ranks) if degree <= model.experts)
         yield f"expert={plan.expert} does not divide the {ranks} ranks of {axes}; use a degree that does: {degrees}."
 
 

@@ -14,8 +14,9 @@ the vocabulary). On each, tokens are split over some axes and the hidden dim ove
 outer to inner, a row-wise one inner to outer, whatever the order in which a model makes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from typing import Literal, get_args
 
 from seqloom.errors import PlanError
@@ -199,3 +200,23 @@ def chunks(size: int, parts: int) -> tuple[int, ...]:
     """
     each = -(-size // parts)
     return tuple(max(0, min(each, size - part * each)) for part in range(parts))
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a number, rising."""
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
+def factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """All tuples of so many numbers whose product is `number`, small first ones first.
+
+    >>> list(factors(4, 2))
+    [(1, 4), (2, 2), (4, 1)]
+    """
+    if count == 1:
+        yield (number,)
+        return
+    for first in divisors(number):
+        for rest in factors(number // first, count - 1):
+            yield first, *rest

@@ -8,7 +8,7 @@ from math import isqrt, prod
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from seqloom.errors import PlanError
-from seqloom.plan.grid import Grid, TensorKind
+from seqloom.plan.grid import Grid, TensorKind, divisors
 
 Exchange = Literal["ring", "gather", "needed", "rsa"]
 LayoutKind = Literal["zigzag", "contiguous", "striped", "balanced"]
@@ -324,7 +324,7 @@ def _some_grid(ranks: int, numbers: int) -> str:
     """
     sides = []
     for left in range(numbers, 1, -1):
-        side = max(d for d in range(1, ranks + 1) if d**left <= ranks and ranks % d == 0)
+        side = max(d for d in divisors(ranks) if d**left <= ranks)
         sides.append(side)
         ranks //= side
     return "x".join(map(str, sorted([*sides, ranks], reverse=True)))
@@ -335,8 +335,8 @@ def _wrong_inner_ring(plan: Plan) -> Iterator[str]:
     if inner is None:
         return
     if ring % inner:
-        divisors = [number for number in range(1, ring + 1) if ring % number == 0]
-        below, above = max(d for d in divisors if d < inner), min((d for d in divisors if d > inner), default=None)
+        degrees = divisors(ring)
+        below, above = max(d for d in degrees if d < inner), min((d for d in degrees if d > inner), default=None)
         near = f"{below} and {above}" if above else f"{below}"
         joined = f" with the {ring // plan.ring} token ranks of the grid" if ring > plan.ring else ""
         yield f"inner_ring={inner} does not divide ring={plan.ring}{joined}; nearest to it do {near}."

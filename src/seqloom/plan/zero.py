@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqloom.plan.grid import divisors
 from seqloom.plan.plan import Plan
 
 
@@ -19,7 +20,7 @@ def zero_reasons(plan: Plan) -> Iterator[str]:
             "3."
         )
     elif groups > 1 and (replicas % groups or groups == replicas):
-        fitting = [str(number) for number in range(2, replicas) if replicas % number == 0]
+        fitting = list(map(str, divisors(replicas)[1:-1]))
         way = f"use {' or '.join(fitting)}, or leave it out" if fitting else "leave it out"
         yield (
             f"zero_replicas={groups} does not cut the {replicas} ranks of data x ring x ulysses in groups that share "
