@@ -1,6 +1,6 @@
 """A program as Colossal-AI's users have them: a Llama whose sequences go around a ring.
 
-seqloom train --from colossalai examples/from_colossalai.py --world 8 "data.files=[{stdlib}/*.py]" --scale tiny
+seqloom train --from colossalai examples/from_colossalai.py --world 8 "data.files=['{stdlib}/*.py']" --scale tiny
 
 It is read as text and never run: the plugin, the model and the batch are what counts.
 """

@@ -1,6 +1,6 @@
 #!/bin/bash
 # A launch script as Megatron-LM's and MindSpeed's users have them: Llama 3 8B on 16 devices, its batch ramping up.
-#     seqloom train --from megatron examples/from_megatron.sh "data.files=[{stdlib}/*.py]" --scale tiny
+#     seqloom train --from megatron examples/from_megatron.sh "data.files=['{stdlib}/*.py']" --scale tiny
 NODES=2
 GPUS=8
 MODEL_ARGS=(

@@ -73,17 +73,20 @@ def test_a_yaml_file_arrives() -> None:
 
 
 def test_a_program_arrives() -> None:
-    """Catches a plugin's clip that is lost, and a batch counted for one rank."""
+    """Catches a plugin's clip that is lost, a batch counted for one rank, and defaults that are not its optimizer's."""
     found = made(
         "colossalai", str(EXAMPLES / "from_colossalai.py"), "train.steps=5", "data.sequence_length=4096", world=8
     )
     config, train = found.config, found.config.train
     assert str(config.plan) == "data=2 zero=1 ring=2 tensor=2 sequence_parallel=false"
     assert (train.batch, train.micro_batch, train.precision, train.clip) == (8, 8, "bf16", 1.0)
+    assert (train.learning_rate, train.betas, train.weight_decay) == (3e-4, (0.9, 0.999), 0.0)
     plugin = "HybridParallelPlugin(tp_size=1, pp_size=1)\nAutoModel.from_pretrained('llama-2-7b')"
     open_ended = made("colossalai", plugin, "train.steps=5", "data.sequence_length=64")
     assert open_ended.config.train.clip is None, "max_norm is 0 there, which is no clip"
     assert "seqloom's default" in said(open_ended, "train.schedule")
+    with pytest.raises(DialectError, match="trains with AdamW alone"):
+        made("colossalai", plugin + "\nSGD(model.parameters(), 1)", "train.steps=5", "data.sequence_length=64")
 
 
 FLAGS = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --swiglu --untie-embeddings-and-output-weights "
@@ -115,6 +118,21 @@ def test_schedules(flags: str, keys: dict[str, Any]) -> None:
     """Catches a unit mistaken, a default that is seqloom's and not theirs, and keys that train refuses together."""
     found = made("megatron", f"{FLAGS}--seq-length 64 --micro-batch-size 4 --global-batch-size 4 {flags}").config.train
     assert {key: getattr(found, key) for key in keys} == keys
+
+
+def test_latent_attention_arrives() -> None:
+    """Catches sizes of DeepSeek's layers that a script gives and its model does not get."""
+    flags = (
+        "--multi-latent-attention --num-layers 4 --hidden-size 512 --num-attention-heads 8 --num-experts 8 "
+        "--moe-router-topk 2 --kv-lora-rank 64 --qk-head-dim 32 --qk-pos-emb-head-dim 16 --v-head-dim 32 "
+        "--moe-ffn-hidden-size 128 --first-k-dense-replace 1 --init-method-std 0.01 "
+        "--seq-length 64 --train-iters 1 --lr 1"
+    )
+    model = made("megatron", flags).config.model.settings()
+    assert model["model_type"] == "deepseek_v2" and model["initializer_range"] == 0.01
+    keys = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    assert [model[key] for key in keys] == [64, 32, 16, 32]
+    assert (model["moe_intermediate_size"], model["first_k_dense_replace"], model["n_routed_experts"]) == (128, 1, 8)
 
 
 def test_rates_are_theirs_one_step_on() -> None:

@@ -11,7 +11,7 @@ from seqloom.dialects.colossalai_gemini import gemini
 from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, untouched
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import from_text, from_words
-from seqloom.dialects.ledger import Ledger, Unread, flatten
+from seqloom.dialects.ledger import Ledger, Unread, flatten, plain
 from seqloom.dialects.literals import Source
 from seqloom.dialects.models import by_name
 from seqloom.dialects.translation import Draft, Translation, conclude
@@ -53,6 +53,7 @@ def translate(
     name, arguments = _the_plugin(source, found)
     ledger, draft = _drafted(name, arguments, world, version)
     _surroundings(ledger, source, draft)
+    _optimizer(ledger, source, draft.train["schedule"])
     model = _model(ledger, source) or draft.model
     ledger.close(untouched)
     return conclude(ledger, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
@@ -143,6 +144,47 @@ def _surroundings(ledger: Ledger, source: Source, draft: Draft) -> None:
                 why = "Order and loading of data are seqloom's own (data.seed)."
                 value = arguments[name]
                 ledger.note(f"prepare_dataloader.{name}", "no effect", why, value=getattr(value, "text", value))
+
+
+_ADAM = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    **{name: _ADAM for name in ("HybridAdam", "CPUAdam", "FusedAdam")},
+    "AdamW": _ADAM | {"weight_decay": 0.01},
+    **{name: {} for name in ("Adam", "SGD", "Lamb", "Lars", "CAME", "Adafactor", "DistGaloreAwamW")},
+}
+"""Optimizers with their defaults; those without any are no AdamW."""
+
+_SCHEDULERS = (
+    *("CosineAnnealingLR", "CosineAnnealingWarmupLR", "LinearWarmupLR", "StepLR", "MultiStepLR", "ConstantLR"),
+    *("LambdaLR", "OneCycleLR", "PolynomialLR", "PolynomialWarmupLR", "FlatAnnealingWarmupLR", "ExponentialLR"),
+    *("get_linear_schedule_with_warmup", "get_cosine_schedule_with_warmup", "get_scheduler"),
+)
+
+
+def _optimizer(ledger: Ledger, source: Source, schedule: dict[str, Any]) -> None:
+    """What the program's optimizer is, as far as it is written out; its own defaults for the rest."""
+    for name, _ in source.calls(_SCHEDULERS):
+        why = "A program's schedule is not read; train.schedule, warmup_steps and decay_steps say it for a run."
+        ledger.note(name, "changed", why)
+    for name, call in source.calls(list(_OPTIMIZERS)):
+        schedule["optimizer"] = "adamw" if _OPTIMIZERS[name] else name
+        given = source.keywords(call) if all(keyword.arg for keyword in call.keywords) else {}
+        if len(call.args) > 1:
+            given = {"lr": source.value(call.args[1]), **given}
+        keys = {"lr": "learning_rate", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay"}
+        for option, default in _OPTIMIZERS[name].items():
+            value = given.get(option, default)
+            if isinstance(value, Unread):
+                why = f"{value.why[0].upper()}{value.why[1:]}; set train.{keys[option]} for a run."
+                ledger.note(f"{name}.{option}", "changed", why, value=value.text)
+                continue
+            schedule[keys[option]] = list(value) if isinstance(value, tuple) else value
+            said = "" if option in given else "Not said, the default there: "
+            ledger.note(f"{name}.{option}", "mapped", f"{said}train.schedule.{keys[option]}.", value=plain(value))
+        for option in given.keys() - keys.keys():
+            why = "It is about how the optimizer computes; the result is the same."
+            ledger.note(f"{name}.{option}", "no effect", why, value=plain(given[option]))
+        return
 
 
 _CONFIGS = {

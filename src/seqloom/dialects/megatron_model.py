@@ -106,9 +106,19 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
         if name in ledger:
             config[key] = ledger.whole(name)
             ledger.mapped("It enters `model`.", name)
-    for name, key in (("--rotary-base", "rope_theta"), ("--norm-epsilon", "rms_norm_eps")):
-        if name in ledger and known["model_type"] not in ("bloom", "gpt2"):
+    older = known["model_type"] in ("bloom", "gpt2")
+    for name, key in (
+        ("--rotary-base", "" if older else "rope_theta"),
+        ("--norm-epsilon", "layer_norm_epsilon" if older else "rms_norm_eps"),
+        ("--layernorm-epsilon", "layer_norm_epsilon" if older else "rms_norm_eps"),
+        ("--init-method-std", "initializer_range"),
+    ):
+        if name in ledger and key:
             config[key] = ledger.number(name)
+            ledger.mapped("It enters `model`.", name)
+    if known["model_type"].startswith("deepseek"):
+        for name in (name for name in _LATENT if name in ledger):
+            config[_LATENT[name]] = ledger.whole(name, least=0)
             ledger.mapped("It enters `model`.", name)
     if "vocab_size" not in config:
         config["vocab_size"] = {"llama": 32_000, "qwen2": 151_936, "bloom": 250_880, "gpt2": 50_257}.get(
@@ -126,6 +136,22 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
     _dropout(ledger, config)
     return family(config["model_type"], config)
 
+
+_LATENT = {
+    "--q-lora-rank": "q_lora_rank",
+    "--kv-lora-rank": "kv_lora_rank",
+    "--qk-head-dim": "qk_nope_head_dim",
+    "--qk-nope-head-dim": "qk_nope_head_dim",
+    "--qk-pos-emb-head-dim": "qk_rope_head_dim",
+    "--qk-rope-head-dim": "qk_rope_head_dim",
+    "--v-head-dim": "v_head_dim",
+    "--moe-ffn-hidden-size": "moe_intermediate_size",
+    "--n-shared-experts": "n_shared_experts",
+    "--first-k-dense-replace": "first_k_dense_replace",
+    "--n-group": "n_group",
+    "--topk-group": "topk_group",
+}
+"""Sizes of DeepSeek's latent attention and experts."""
 
 _DROPOUTS: dict[str, dict[str, tuple[str, ...]]] = {
     "gpt2": {"--attention-dropout": ("attn_pdrop",), "--hidden-dropout": ("resid_pdrop", "embd_pdrop")},

@@ -129,18 +129,11 @@ NO_EFFECT = {
         "--lazy-mpu-init"
     ),
     _WEIGHTS: (
-        "--init-method-std --untie-embeddings-and-output-weights --disable-bias-linear --add-bias-linear "
-        "--use-rotary-position-embeddings --position-embedding-type --rotary-base --rotary-percent "
-        "--rotary-seq-len-interpolation-factor --normalization --norm-epsilon --layernorm-epsilon --swiglu "
-        "--squared-relu --group-query-attention --kv-channels --qk-layernorm --add-qkv-bias --qkv-bias "
-        "--rope-scaling-type --rope-scaling-factor --no-position-embedding --embed-layernorm --square-alibi-mask "
-        "--fill-neg-inf --init-method-xavier-uniform --apply-layernorm-1p --apply-residual-connection-post-layernorm "
-        "--openai-gelu --mlp-layer-fusion --no-query-key-layer-scaling --apply-query-key-layer-scaling "
-        "--use-rope-scaling --sliding-window --multi-latent-attention --qk-rope-head-dim --qk-nope-head-dim "
-        "--q-lora-rank --kv-lora-rank --v-head-dim --qk-head-dim --qk-pos-emb-head-dim --n-shared-experts "
-        "--moe-ffn-hidden-size --first-k-dense-replace --moe-layer-freq --n-group --topk-group "
-        "--moe-router-topk-scaling-factor --moe-shared-expert-intermediate-size --seq-aux --spec --rope-type "
-        "--norm-topk-prob --norm-topk-prob --use-glm-rope --add-dense-bias"
+        "--init-method-std --untie-embeddings-and-output-weights --disable-bias-linear --add-bias-linear --use- "
+        "rotary-position-embeddings --position-embedding-type --rotary-base --normalization --norm-epsilon "
+        "--layernorm-epsilon --swiglu --group-query-attention --kv-channels --qk-layernorm --add-qkv-bias --qkv-bias "
+        "--no-position-embedding --embed-layernorm --square-alibi-mask --fill-neg-inf --mlp-layer-fusion --no-query- "
+        "key-layer-scaling --apply-query-key-layer-scaling --multi-latent-attention --seq-aux --spec --add-dense-bias"
     ),
     _INFER: (
         "--task --task-data --stage --lora-r --lora-alpha --lora-target-modules --lora-load --max-new-tokens "
@@ -157,6 +150,16 @@ NO_EFFECT = {
 """Options without a part in the layout, by the reason why."""
 
 _REASONS = {name: why for why, names in NO_EFFECT.items() for name in names.split()}
+
+_NOT_CARRIED = (
+    "--rotary-percent --rotary-seq-len-interpolation-factor --rope-scaling-type --rope-scaling-factor --use-rope- "
+    "scaling --rope-type --sliding-window --squared-relu --openai-gelu --moe-layer-freq --apply-layernorm-1p "
+    "--apply-residual-connection-post-layernorm --init-method-xavier-uniform --moe-router-topk-scaling-factor "
+    "--moe-shared-expert-intermediate-size --norm-topk-prob --use-glm-rope --q-lora-rank --kv-lora-rank --qk- "
+    "head-dim --qk-nope-head-dim --qk-pos-emb-head-dim --qk-rope-head-dim --v-head-dim --moe-ffn-hidden-size "
+    "--n-shared-experts --first-k-dense-replace --n-group --topk-group"
+)
+"""Options that change the model where it is trained, and enter it for few families or none."""
 
 BY_NAME: dict[str, tuple[Verdict, str]] = {
     "--distributed-backend": ("no effect", "The backend follows the device: NCCL on GPUs, gloo on CPU."),
@@ -198,6 +201,10 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
     **{
         name: ("changed", "seqloom has one learning rate for all weights.")
         for name in ("--decoupled-lr", "--decoupled-min-lr")
+    },
+    **{
+        name: ("changed", "It is not carried into `model`; where the family has it, say it by model.config.KEY=VALUE.")
+        for name in _NOT_CARRIED.split()
     },
     "--calculate-per-token-loss": ("mapped", "seqloom's loss is always the mean over the labels of the global batch."),
     "--moe-router-load-balancing-type": ("no effect", "The family's own auxiliary loss is used."),

@@ -19,7 +19,11 @@ _SIZES = {
     "num_local_experts": ("num_local_experts", "n_routed_experts"),
     "num_experts_per_tok": ("num_experts_per_tok", "num_experts_chosen"),
 }
-_NUMBERS = {"rms_norm_eps": ("rms_norm_eps",), "rope_theta": ("theta", "rope_theta", "rotary_base")}
+_NUMBERS = {
+    "rms_norm_eps": ("rms_norm_eps",),
+    "initializer_range": ("initializer_range",),
+    "rope_theta": ("theta", "rope_theta", "rotary_base"),
+}
 _FAMILIES = (
     ("mixtral", "mixtral"),
     ("deepseekv3", "deepseek_v3"),

@@ -15,7 +15,9 @@ def training(ledger: Ledger, fields: Mapping[str, Any], length: int | None) -> t
     recompute = _recompute(ledger, fields.get("pipeline", 1))
     schedule = {}
     for name, key in SCHEDULE.items():
-        if ledger.given.get(name) is not None:
+        if ledger.given.get(name) is not None and key in schedule:
+            ledger.no_effect("Said already, by an option that comes before it there.", name)
+        elif ledger.given.get(name) is not None:
             schedule[key] = plain(ledger.get(name))
             ledger.mapped(f"train.schedule.{key}.", name)
     train = {
