@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -250,21 +251,25 @@ def test_something_between_layers(pool: Pool) -> None:
     assert "computes something between layers" in pool.run(1, between)[0]
 
 
-def replanned() -> list[Tensor]:
-    """Gradients of a model that was given a plan with recomputation, and then one without."""
+def thrice(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return 3 * forward(*args, **kwargs)
+
+
+def patched(text: str) -> list[Tensor]:
+    """Loss and gradients of a model whose layers have a forward of their own."""
     model = build("llama")
-    for way in ("selective", "none"):
-        parallelize(model, fabric := Fabric.build(Plan(recompute=way)))
-        assert all(("forward" in layer.__dict__) == (way != "none") for layer in model.model.layers)
-        model.zero_grad()
-        token_loss(model, *shard_batch(batch_of(1), fabric)).backward()
-    return list(whole_tensors(model, fabric, "gradient").values())
+    for layer in model.model.layers:
+        layer.forward = partial(thrice, layer.forward)
+    parallelize(model, fabric := Fabric.build(Plan.parse(text)))
+    (loss := token_loss(model, *shard_batch(batch_of(1), fabric))).backward()
+    return [loss.detach(), *whole_tensors(model, fabric, "gradient").values()]
 
 
-def test_another_plan(pool: Pool) -> None:
-    """Catches recomputation that an earlier plan left behind."""
-    _, expected, _ = pool.run(1, packed, "data=1")[0]
-    assert all(torch.equal(x, y) for x, y in zip(pool.run(1, replanned)[0], expected, strict=True))
+def test_a_forward_of_a_layer_s_own(pool: Pool) -> None:
+    """Catches a forward that stands on a layer and is left out where the layer runs again: an adapter's, a patch."""
+    expected = pool.run(1, patched, "data=1")[0]
+    for way in ("full", "selective", "full:uniform:2"):
+        assert all(torch.equal(x, y) for x, y in zip(pool.run(1, patched, f"recompute={way}")[0], expected, strict=True))
 
 
 def left_over() -> tuple[int, int]:

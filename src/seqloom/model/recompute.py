@@ -1,7 +1,8 @@
 """Layers whose forward pass is run again in backward, and where what that takes waits.
 
 `torch.utils.checkpoint` keeps the input of some layers and throws the rest away. Each layer's `forward` is
-replaced on the instance, below the hooks of its call: classes, weights and what is saved stay as they are.
+replaced on the instance, below the hooks of its call, and called by what replaces it: classes, weights and what is
+saved stay as they are.
 """
 
 import weakref
@@ -29,26 +30,19 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def recompute(layers: Sequence[nn.Module], units: Sequence[Unit], group: TensorGroup, activations: Kept) -> None:
-    """Make backward compute the layers of `units` again; what an earlier call asked of these layers ends.
+    """Make backward compute the layers of `units` again.
 
     layers: of one stage, in order; they take hidden states [rows, tokens, hidden] first, and return them alone or
     first of a tuple. units: as `seqloom.plan.units` gives them. group: is told the sequences of layers that run
     again. activations: `Plan.activations`.
     """
-    for layer in layers:
-        if isinstance(_replacement(layer), Region):
-            del layer.forward
     for unit in units:
         held = layers[unit.start : unit.stop]
         region = Region(held, group, keeps_attention=unit.keeps_attention, activations=activations)
         for number, layer in enumerate(held):
+            # On the layer, as a region that held it would hold the layer.
+            layer._own_forward = layer.__dict__.get("forward")
             layer.forward = partial(region.call, number)
-
-
-def _replacement(layer: nn.Module) -> object:
-    """What stands behind the forward that was set on this very layer, if one was."""
-    found = layer.__dict__.get("forward")
-    return getattr(getattr(found, "func", None), "__self__", None)
 
 
 class Region:
@@ -143,7 +137,8 @@ def _run(layer: weakref.ref[nn.Module], hidden: Tensor, call: Call) -> Any:
     found, (args, kwargs) = layer(), call
     if found is None:
         raise ModelError("A layer was called after its model had ended; keep the model as long as its layers.")
-    return type(found).forward(found, hidden, *args, **kwargs)
+    own = found._own_forward
+    return type(found).forward(found, hidden, *args, **kwargs) if own is None else own(hidden, *args, **kwargs)
 
 
 def _keeping(kept: KeptResults, given: Any) -> tuple[Any, ...]:
