@@ -138,20 +138,19 @@ def test_two_models_two_plans(pool: Pool, one: str, other: str) -> None:
 
 
 def plans_in_turn(texts: tuple[str, ...]) -> int:
-    """One model, split anew under one plan after the other."""
+    """One model after the other, each split under a plan of its own."""
     batch, compared = batch_of(2, [[48], [5, 43]]), 0
     with Float64Islands():
-        dense, model = build("bloom"), build("bloom")
+        dense = build("bloom")
         for text in texts:
             fabric = Fabric.build(Plan.parse(text))
-            model.zero_grad()
-            found = split(parallelize(model, fabric), batch, fabric)
+            found = split(parallelize(build("bloom"), fabric), batch, fabric)
             compared += compare(found, *expected_of(dense, batch), fabric.world.size)
             fabric.close()
     return compared
 
 
-def test_one_model_under_other_plans(pool: Pool) -> None:
-    """Catches forwards of BLOOM that stack up, or groups that outlive their fabric."""
+def test_plans_in_turn(pool: Pool) -> None:
+    """Catches what one plan leaves to the next: forwards of BLOOM's class, or groups that outlive their fabric."""
     texts = ("ring=2 ulysses=2", "data=2 ulysses=2", "ulysses=4", "ring=4 layout=striped exchange=rsa")
     assert all(pool.run(4, plans_in_turn, texts))

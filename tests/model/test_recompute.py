@@ -269,7 +269,9 @@ def test_a_forward_of_a_layer_s_own(pool: Pool) -> None:
     """Catches a forward that stands on a layer and is left out where the layer runs again: an adapter's, a patch."""
     expected = pool.run(1, patched, "data=1")[0]
     for way in ("full", "selective", "full:uniform:2"):
-        assert all(torch.equal(x, y) for x, y in zip(pool.run(1, patched, f"recompute={way}")[0], expected, strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(pool.run(1, patched, f"recompute={way}")[0], expected, strict=True)
+        )
 
 
 def left_over() -> tuple[int, int]:

@@ -273,7 +273,7 @@ def test_wrongly_viewed_heads_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 def asked_too_much(what: str) -> None:
     """Ask a split model for what no rank can give."""
-    fabric = Fabric.build(Plan.parse("tensor=2"))
+    fabric = Fabric.build(Plan.parse("ring=2" if what == "twice" else "tensor=2"))
     model = build("llama")
     try:
         parallelize(model, fabric)
@@ -295,7 +295,7 @@ def asked_too_much(what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("twice", "split already, under 'tensor=2'"),
+        ("twice", "split already, under 'ring=2'"),
         ("converted", "converted after parallelize"),
         ("no sequence", "without a sequence"),
         ("last logits", "the logits of the last 1 tokens"),

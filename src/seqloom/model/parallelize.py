@@ -34,13 +34,12 @@ def parallelize(model: PreTrainedModel, fabric: Fabric, *, num_tokens: int | Non
     rank keeps its part of them as new parameters: convert types before this call, and make optimizers and
     hooks after it. From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`,
     and without labels: see `token_loss`. Of a pipeline each rank keeps its stages, cut for sequences of
-    `num_tokens` (see `plan.cut`), and runs them by `pipeline_loss`. Raises PlanError when the plan does not
-    fit the model, ModelError when the model has what cannot be split exactly.
+    `num_tokens` (see `plan.cut`), and runs them by `pipeline_loss`. Its `save_pretrained` is called by all ranks
+    together, as `save_whole`. Raises PlanError when the plan does not fit the model, ModelError when the model has what
+    cannot be split exactly, or a plan already.
     """
     if getattr(model, "_split_by", None) is not None:
-        raise ModelError(
-            f"The model's weights were split already, under '{model._split_by}'; build it anew for another plan."
-        )
+        raise ModelError(f"The model was split already, under '{model._split_by}'; build it anew for another plan.")
     shape = ModelShape.from_config(model.config.to_dict())
     check(fabric.plan, shape)
     head = model.get_output_embeddings()
@@ -78,9 +77,9 @@ def parallelize(model: PreTrainedModel, fabric: Fabric, *, num_tokens: int | Non
         join_ends(model)
     _draw_dropouts(model, group, numbers)
     _keep_less(model, fabric, group)
-    if count_copies(model, fabric):
-        install_save(model, fabric)
-        model._split_by = fabric.plan
+    count_copies(model, fabric)
+    install_save(model, fabric)
+    model._split_by = fabric.plan
     return model
 
 

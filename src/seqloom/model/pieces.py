@@ -129,14 +129,13 @@ def holders(held: Iterable[Piece], fabric: Fabric) -> dict[str, tuple[tuple[int,
     return {name: (shape, list(parts.values())) for name, (shape, parts) in found.items()}
 
 
-def count_copies(model: nn.Module, fabric: Fabric) -> bool:
+def count_copies(model: nn.Module, fabric: Fabric) -> None:
     """Set of every parameter `copies`, the number of ranks that hold the very same box of it.
 
-    Every rank calls it together. Returns whether there is a parameter that not every rank holds.
+    Every rank calls it together.
     """
     held = pieces(model)
     table = holders(held, fabric)
     counts = {(name, part.box): len(part.holders) for name, (_, parts) in table.items() for part in parts}
     for parameter, piece in zip(model.parameters(), held, strict=True):
         parameter.copies = counts[piece.name, piece.box]  # type: ignore[attr-defined]
-    return any(count < fabric.world.size for count in counts.values())

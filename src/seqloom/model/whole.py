@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Iterable, Iterator
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -91,10 +90,10 @@ def lasting(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_whole(fabric: Fabric, model: PreTrainedModel, save_directory: str | Path, **asked: Any) -> None:
-    """`model.save_pretrained` of a model whose parameters are split: ordinary weights, whole, in one folder.
+    """`model.save_pretrained` of a model under a plan: ordinary weights, whole, in one folder.
 
-    Every rank calls it; rank 0 writes, and all return when the folder is whole. Raises ModelError for a state
-    of the caller's own, which would hold parts.
+    Every rank calls it, whatever the plan; rank 0 writes, and all return when the folder is whole. Raises ModelError
+    for a state of the caller's own, which may hold parts.
     """
     for name in ("state_dict", "distributed_checkpoint"):
         if asked.get(name):
@@ -110,8 +109,25 @@ def save_whole(fabric: Fabric, model: PreTrainedModel, save_directory: str | Pat
 
 def install_save(model: PreTrainedModel, fabric: Fabric) -> None:
     """Make this instance's `save_pretrained` gather ordinary weights, to be called by all ranks together."""
-    # Weak: a model that holds itself would keep its process groups until the next collection.
-    model.save_pretrained = partial(save_whole, fabric, weakref.proxy(model))  # type: ignore[method-assign]
+    model.save_pretrained = _Save(fabric, model)  # type: ignore[method-assign]
+
+
+class _Save:
+    """`save_whole` of one model."""
+
+    def __init__(self, fabric: Fabric, model: PreTrainedModel) -> None:
+        # Weak: a model that holds itself would keep its process groups until the next collection.
+        self._fabric, self._model = fabric, weakref.ref(model)
+
+    def __call__(self, save_directory: str | Path, **asked: Any) -> None:
+        model = self._model()
+        if model is None:
+            raise ModelError("The model has ended before it was saved; keep it as long as its save_pretrained.")
+        save_whole(self._fabric, model, save_directory, **asked)
+
+    def __deepcopy__(self, copied: dict[int, Any]) -> "_Save":
+        """Of the copy of the model, which is under way."""
+        return _Save(self._fabric, copied[id(self._model())])
 
 
 def _whole_state(model: nn.Module, fabric: Fabric) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ class _Run:
                 if best or stopped or step == self.stretch.until or self._due(step, self.config.run):
                     saves.save(self._progress(step), self.model, self.optimizer, best=best)
                 saves.check()
-        if step == train.steps and (leader or hasattr(self.model, "_split_by")):  # parts are gathered by all
+        if step == train.steps:
             with without_progress_bars():
                 self.model.save_pretrained(folder / "model")
         if step == train.steps and leader:
