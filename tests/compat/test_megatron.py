@@ -40,7 +40,10 @@ def groups(*sizes: int, **degrees: Any) -> Iterator[tuple[int, int]]:
 
 
 def settings(sequence_parallel: bool) -> ModelParallelConfig:
-    return ModelParallelConfig(params_dtype=torch.float64, sequence_parallel=sequence_parallel)
+    size = parallel_state.get_tensor_model_parallel_world_size()
+    return ModelParallelConfig(
+        tensor_model_parallel_size=size, params_dtype=torch.float64, sequence_parallel=sequence_parallel
+    )
 
 
 def part(x: Tensor, dim: int, rank: int, world: int) -> Tensor:
@@ -359,6 +362,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[SeqloomError]]] = {
     ),
     "cpu_offloading": (lambda: ModelParallelConfig(cpu_offloading=True), ConfigError),
     "timers": (lambda: ModelParallelConfig(timers=None), ConfigError),
+    "tensor_model_parallel_size=2": (
+        lambda: column(config=ModelParallelConfig(tensor_model_parallel_size=2)),
+        ConfigError,
+    ),
     "is_expert": (lambda: column(is_expert=True), ConfigError),
     "embedding_activation_buffer": (lambda: column(embedding_activation_buffer=[]), ConfigError),
     "input_is_parallel=False": (lambda: row(settings(True), input_is_parallel=False), ConfigError),
@@ -374,7 +381,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[SeqloomError]]] = {
 
 
 def column(**more: Any) -> nn.Module:
-    return megatron.ColumnParallelLinear(3, 4, config=settings(False), init_method=nn.init.zeros_, **more)
+    return megatron.ColumnParallelLinear(3, 4, **{"config": settings(False), "init_method": nn.init.zeros_, **more})
 
 
 def row(config: ModelParallelConfig, **more: Any) -> nn.Module:

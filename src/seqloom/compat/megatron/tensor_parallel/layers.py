@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from seqloom.compat.megatron.model_parallel_config import check
-from seqloom.compat.megatron.parallel_state import device, tensor_axis
+from seqloom.compat.megatron.parallel_state import (
+    device,
+    get_context_parallel_world_size,
+    get_pipeline_model_parallel_world_size,
+    tensor_axis,
+)
 from seqloom.compat.megatron.refusal import refuse
 from seqloom.compat.megatron.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -150,9 +155,12 @@ class _Parallel(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, config: Any, group: ProcessGroup | None, skip: bool) -> None:
         super().__init__()
-        check(config)
-        self.input_size, self.output_size, self.config, self.tp_group = input_size, output_size, config, group
         self.axis, self.skip_bias_add = tensor_axis(group), skip
+        check(
+            config,
+            (self.axis.size, get_pipeline_model_parallel_world_size(), get_context_parallel_world_size()),
+        )
+        self.input_size, self.output_size, self.config, self.tp_group = input_size, output_size, config, group
         self.sequence_parallel = bool(config.sequence_parallel) and self.axis.size > 1
         self.device = torch.device("cpu") if config.use_cpu_initialization else device()
 
