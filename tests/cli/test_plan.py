@@ -245,6 +245,14 @@ def test_all_legal_plans_are_listed(cli: Cli) -> None:
     assert out.startswith("Not legal: 'ulysses=8'. The plan 'ulysses=8' takes 8 processes, but there are 4. Also: ")
     _, out, _ = cli(*PLAN, "64", "--list", "--world", "4", "--check", "ring=4")
     assert out.startswith("Legal: 'ring=4'.\n")
+    _, out, _ = cli("plan", "--model", "mixtral", "--list", "--world", "2")
+    listed = (
+        "pipeline=2 schedule=interleaved",
+        "zero=3 ring=2 expert=2",
+        "tensor=2 expert=2",
+        "tensor=2 expert_tensor=2",
+    )
+    assert set(listed) <= set(out.splitlines())
 
 
 def test_another_name_of_a_model_lists_the_same(cli: Cli) -> None:

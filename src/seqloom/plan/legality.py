@@ -35,7 +35,7 @@ def reasons(
     found += zero_reasons(plan)
     found += pipeline_reasons(plan, model, micro_batches)
     found += expert_reasons(plan, model)
-    found += recompute_reasons(plan, model)
+    found += recompute_reasons(plan, model, num_tokens)
     if num_tokens is not None:
         found += _length_reasons(model, num_tokens)
     found += unsplittable(plan, num_tokens, batch)

@@ -53,8 +53,8 @@ class Plan:
     expert: ranks the experts of a layer are dealt to, taken from data x ring x ulysses x tensor.
     expert_tensor: ranks that each expert's weights are split over: 1, or all of `tensor`.
     recompute: what backward computes again: `none`, `selective` (all but attention), `full`,
-        `full:uniform:N` (N layers at a time) or `full:block:N` (the first N layers of a stage); one for each
-        stage as `full/none`.
+        `full:uniform:N` (N layers at a time) or `full:block:N` (the first N layers of a stage, or all of one that
+        has fewer); one for each stage as `full/none`.
     activations: what is kept for that is kept `whole` on each rank, `partitioned` over the tensor ranks, or
         `offloaded` to host memory.
     exchange: how ring ranks see each other's keys and values: `ring` passes them around in steps,

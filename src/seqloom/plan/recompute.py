@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from seqloom.plan.pipeline import cut, pipeline_reasons
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
 
@@ -63,26 +64,50 @@ def run_again(plan: Plan, stage_layers: Sequence[int]) -> tuple[int, int]:
     return sum(unit.stop - unit.start for unit in found), attention
 
 
-def recompute_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
-    """Why the plan cannot compute again what it says, or keep what that takes as it says."""
+def recompute_reasons(plan: Plan, model: ModelShape, num_tokens: int | None = None) -> Iterator[str]:
+    """Why the plan cannot compute again what it says, or keep what that takes as it says.
+
+    num_tokens: of a sequence, when known; stages are balanced by it.
+    """
     said = plan.recompute.split("/")
     if len(said) not in (1, plan.num_stages):
         yield (
             f"recompute={plan.recompute} names {len(said)} stages, but the plan has {plan.num_stages}; name one choice "
             f"for all, or {plan.num_stages}."
         )
-    most = max([int(word.rpartition(":")[2]) for word in said if word[-1].isdecimal()], default=0)
-    if most > model.layers:
-        yield (
-            f"recompute={plan.recompute} counts {most} layers, but the model has {model.layers}; use at most so many, "
-            "or full."
-        )
+    elif any(counts := [int(word.rpartition(":")[2]) if word[-1].isdecimal() else 0 for word in said]):
+        yield from _count_reasons(plan, model, num_tokens, counts)
     if set(said) != {"none"} and plan.pipeline > 1 and plan.schedule == "zbv":
         yield (
             f"recompute={plan.recompute} does not go with schedule=zbv, which takes backward apart and would compute "
             "layers again for each part; use schedule=1f1b or recompute=none."
         )
     yield from _kept_reasons(plan, said)
+
+
+def _count_reasons(plan: Plan, model: ModelShape, num_tokens: int | None, counts: Sequence[int]) -> Iterator[str]:
+    """Why there are not as many layers as the choices count; counts: for each stage, or one for all of them."""
+    if max(counts) > model.layers:
+        yield (
+            f"recompute={plan.recompute} counts {max(counts)} layers, but the model has {model.layers}; use at most so "
+            "many, or full."
+        )
+        return
+    enough = -(-model.layers // plan.num_stages)  # the largest stage has as many
+    if plan.num_stages == 1 or (max(counts) <= enough and len(counts) == 1) or any(pipeline_reasons(plan, model)):
+        return
+    stages = cut(plan, model, num_tokens)
+    if len(counts) == 1 and counts[0] > max(stages):
+        yield (
+            f"recompute={plan.recompute} counts {counts[0]} layers, but the largest stage has {max(stages)}; use at "
+            "most so many, or full."
+        )
+    for stage, (count, layers) in enumerate(zip(counts, stages, strict=False)):
+        if len(counts) > 1 and count > max(layers, 1):  # a stage without layers takes any choice of one
+            yield (
+                f"recompute={plan.recompute} counts {count} layers in stage {stage}, which has {layers}; use at most "
+                "so many there, or full."
+            )
 
 
 def _kept_reasons(plan: Plan, said: list[str]) -> Iterator[str]:

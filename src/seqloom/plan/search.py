@@ -1,6 +1,6 @@
 """Plans that are looked for: every legal one of a world, and the legal one nearest to another."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from math import log2
@@ -8,10 +8,13 @@ from operator import itemgetter
 from typing import Any, get_args
 
 from seqloom.errors import PlanError
+from seqloom.plan.experts import expert_reasons
 from seqloom.plan.grid import GRID_AXES, TensorKind, divisors, factors
 from seqloom.plan.legality import reasons, tensor_reasons, unsplittable
 from seqloom.plan.plan import MOST, Plan, Schedule
+from seqloom.plan.recompute import recompute_reasons
 from seqloom.plan.shape import ModelShape
+from seqloom.plan.zero import zero_reasons
 
 AXES = ("data", "pipeline", "ring", "ulysses", "tensor")
 
@@ -124,13 +127,19 @@ def legal_plans(
     """Every legal way to spread `world` processes over data, ring and ulysses, the rest as in `plan`.
 
     Where it has a tensor axis, that too takes its own degree and others, down to 1: see `_tensors`; and so does
-    the pipeline. An inner ring that does not divide another ring degree, or is all of it, is left out.
+    the pipeline. ZeRO, experts and recomputation stay as they are where such degrees allow it, and are else relaxed
+    as little as will do. An inner ring that does not divide another ring degree, or is all of it, is left out.
     """
-    for alone in dict.fromkeys(
+    for each in dict.fromkeys(
         replace(tensor, **stages)
         for tensor in _tensors(plan, model, world)
         for stages in _pipelines(plan, world // tensor.tensor)
     ):
+        again = _relaxed(each, lambda other: recompute_reasons(other, model, num_tokens), _less_recomputed)
+        if any(recompute_reasons(again, model, num_tokens)):
+            continue
+        kept: dict[str, Any] = {"recompute": again.recompute, "activations": again.activations}
+        alone = replace(again, recompute="none", activations="whole")  # looked at once, whatever the other degrees
         grid, left = alone.tensor_grid, world // alone.tensor // alone.pipeline
         most = model.heads // grid.heads // alone.attention_ulysses
         for data in divisors(left):
@@ -144,8 +153,44 @@ def legal_plans(
                 inner, around = plan.inner_ring, candidate.attention_ring
                 if inner and around % inner == 0 and not around == inner < plan.attention_ring:
                     candidate = replace(candidate, inner_ring=inner)
+                candidate = _relaxed(candidate, zero_reasons, _less_shared)
+                candidate = _relaxed(candidate, lambda other: expert_reasons(other, model), _less_dealt)
                 if not reasons(candidate, model, num_tokens, world=world, batch=batch, micro_batches=micro_batches):
-                    yield candidate
+                    yield replace(candidate, **kept)
+
+
+def _relaxed(
+    plan: Plan, wrong: Callable[[Plan], Iterator[str]], ways: Callable[[Plan], Iterator[dict[str, Any]]]
+) -> Plan:
+    """The plan where nothing is wrong with it, else the first of its other ways with which nothing is, else itself."""
+    if not any(wrong(plan)):
+        return plan
+    others = (replace(plan, **way) for way in ways(plan))
+    return next((other for other in others if not any(wrong(other))), plan)
+
+
+def _less_recomputed(plan: Plan) -> Iterator[dict[str, Any]]:
+    """What to try in place of recomputation that cannot be, the nearest first."""
+    yield {"activations": "whole"}
+    if plan.recompute.startswith("full:") and "/" not in plan.recompute:  # of too many layers
+        yield {"recompute": "full"}
+        yield {"recompute": "full", "activations": "whole"}
+    yield {"recompute": "none", "activations": "whole"}
+
+
+def _less_shared(plan: Plan) -> Iterator[dict[str, Any]]:
+    """What to try in place of ZeRO that cannot be, the nearest first."""
+    yield {"zero_replicas": 1}
+    yield {"offload": False}
+    yield {"zero_replicas": 1, "offload": False}
+    yield {"zero": 0, "zero_replicas": 1, "offload": False}
+
+
+def _less_dealt(plan: Plan) -> Iterator[dict[str, Any]]:
+    """What to try in place of experts dealt out as they cannot be, the most ranks first."""
+    splits = dict.fromkeys((plan.expert_tensor, *([plan.tensor] if plan.expert_tensor > 1 else ()), 1))
+    for degree in reversed(divisors(plan.expert)):
+        yield from ({"expert": degree, "expert_tensor": split} for split in splits)
 
 
 def _pipelines(plan: Plan, world: int) -> Iterator[dict[str, Any]]:
@@ -191,6 +236,9 @@ def _grids(alone: Plan, degree: int) -> Iterator[Plan]:
         yield replace(alone, tensor=degree, **fields)
 
 
+_RELAXED = ("zero", "zero_replicas", "offload", "expert", "expert_tensor", "recompute", "activations")
+
+
 def nearest(
     plan: Plan,
     model: ModelShape,
@@ -202,9 +250,9 @@ def nearest(
 ) -> Plan | None:
     """The legal plan whose degrees are closest in ratio, or None.
 
-    It takes as many processes as there are, or else the largest part of them that divides them.
-    Ties keep the kind of tensor axis and the ranks that share its heads, then the data degree, since
-    it changes how many rows a batch needs, then what attention's axes were with those of a tensor grid.
+    It takes as many processes as there are, or else the largest part of them that divides them. Ties keep most of
+    ZeRO, experts and recomputation, then the kind of tensor axis and the ranks that share its heads, then the data
+    degree, since it changes how many rows a batch needs, then what attention's axes were with those of a tensor grid.
     """
     heads = plan.tensor_grid.heads
 
@@ -214,6 +262,7 @@ def nearest(
     def distance(other: Plan) -> tuple[float, ...]:
         return (
             apart(other, "ring", "ulysses", "tensor", "data", "pipeline"),
+            sum(getattr(other, name) != getattr(plan, name) for name in _RELAXED),
             other.tensor_kind != plan.tensor_kind,
             abs(log2(other.tensor_grid.heads / heads)),
             apart(other, "data"),
