@@ -61,7 +61,11 @@ def build_model(
     try:
         with without_progress_bars():
             model, report = AutoModelForCausalLM.from_pretrained(
-                weights, config=config, local_files_only=True, output_loading_info=True
+                weights,
+                config=config,
+                dtype=torch.promote_types(dtype, torch.float32),
+                local_files_only=True,
+                output_loading_info=True,
             )
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(

@@ -90,16 +90,23 @@ def adamw(
     only_matrices: whether vectors, which are norms and biases, are left out of the decay.
     """
     stage = 0 if fabric is None else fabric.plan.zero
-    at_rest(model)
-    stepped = [
-        Stepped(name, parameter, parameter) if fabric is None or stage == 0 else _share(name, parameter, fabric)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    ]
+    stepped = shares(model, fabric)
     decayed = [one.part for one in stepped if one.part.ndim >= 2 or not only_matrices]
     others = [one.part for one in stepped if one.part.ndim < 2 and only_matrices]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return PlannedAdamW(stepped, groups, stage, lr=learning_rate, betas=betas, eps=epsilon)
+
+
+def shares(model: nn.Module, fabric: Fabric | None) -> list[Stepped]:
+    """What an optimizer steps of each parameter that is trained, in the model's order; fabric as of `adamw`."""
+    at_rest(model)
+    return [
+        Stepped(name, parameter, parameter)
+        if fabric is None or fabric.plan.zero == 0
+        else _share(name, parameter, fabric)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
 
 
 def _share(name: str, parameter: nn.Parameter, fabric: Fabric) -> Stepped:

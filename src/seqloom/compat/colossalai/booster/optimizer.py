@@ -1,0 +1,105 @@
+"""The optimizer that `Booster.boost` returns: it sums gradients over ranks, clips them and steps what is here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seqloom.compat.colossalai.booster.model import BoostedModel
+from seqloom.errors import ConfigError
+from seqloom.model import clear_gradients, pieces, sum_gradients
+from seqloom.tensor import local
+from seqloom.train import PlannedAdamW, StepReport, apply_gradients
+from seqloom.train.optimizer import shares
+from seqloom.train.scale import LossScale
+from seqloom.train.step import gradient_norm, gradients
+
+GROWTH_STEPS = 1000
+"""Finite steps in a row after which fp16's loss scale doubles."""
+
+
+class BoostedOptimizer:
+    """A torch optimizer of a split model; `unwrap` gives the optimizer itself, which schedulers go on holding."""
+
+    def __init__(self, optim: torch.optim.Optimizer, model: BoostedModel, clip: float | None) -> None:
+        """clip: the largest global gradient norm, None for no limit."""
+        self.optim, self.model, self.clip = optim, model, clip
+        self.scale = LossScale(2.0**16 if model.precision == "fp16" else 1.0)
+        self.loss, self.stepped = 0.0, False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the optimizer itself."""
+        return self.optim.param_groups
+
+    def unwrap(self) -> torch.optim.Optimizer:
+        """The optimizer that was boosted."""
+        return self.optim
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of a loss; `step` sums over ranks.
+
+        Raises ConfigError after a step without zero_grad, whose gradients are sums already.
+        """
+        self.begin()
+        self.loss = float(loss.detach())
+        (loss * self.scale.value if self.scale.value != 1 else loss).backward()
+
+    def begin(self) -> None:
+        """Refuse a backward pass on top of gradients that were summed over ranks already."""
+        if self.stepped:
+            raise ConfigError("Gradients of the last step are still there; call optimizer.zero_grad() after each step.")
+
+    def step(self) -> None:
+        """Sum gradients over ranks, clip, and step. Raises NumericsError where loss or gradients are not finite.
+
+        In fp16 a step whose gradients overflowed is left out and the loss scale halved.
+        """
+        module, fabric, scale = self.model.module, self.model.fabric, self.scale
+        sum_gradients(module, fabric)
+        for found in gradients(module) if scale.value != 1 else ():
+            local(found).mul_(1 / scale.value)
+        self.stepped = True
+        report = StepReport(self.loss, gradient_norm(module, fabric), 0)
+        skipped = self.model.precision == "fp16" and scale.overflowed(report)
+        if self.model.precision == "fp16":
+            self.scale = scale.after(report, GROWTH_STEPS)
+        if not skipped:
+            apply_gradients(module, self.optim, report, clip=self.clip)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients; they are set to None, whatever is asked for."""
+        clear_gradients(self.model.module)
+        self.stepped = False
+
+
+def names(model: nn.Module) -> dict[int, str]:
+    """The name of each parameter, by its identity."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def adopt(optim: torch.optim.Optimizer, model: BoostedModel, before: dict[int, str]) -> None:
+    """Have an optimizer step what a split model holds here, each part in the group where the whole parameter was.
+
+    before: `names` of the model before it was split. Raises ConfigError for an optimizer that has stepped or holds
+    parameters of something else, and for ZeRO with another one than HybridAdam.
+    """
+    if optim.state:
+        raise ConfigError("The optimizer has taken steps already; boost it before the first one.")
+    zero, planned = model.fabric.plan.zero, isinstance(optim, PlannedAdamW)
+    if zero and not planned:
+        raise ConfigError(
+            f"{type(optim).__name__} would step whole parameters, and zero={zero} shares them out; use HybridAdam."
+        )
+    stepped = shares(model.module, model.fabric)
+    whole = {id(p): piece.name for p, piece in zip(model.module.parameters(), pieces(model.module), strict=True)}
+    parts: dict[str, list[nn.Parameter]] = {}
+    for one in stepped:
+        parts.setdefault(whole[id(one.parameter)], []).append(one.part)
+    for group in optim.param_groups:
+        if any(id(parameter) not in before for parameter in group["params"]):
+            raise ConfigError("The optimizer holds parameters that are not the model's; make it of model.parameters().")
+        group["params"] = [part for old in group["params"] for part in parts.get(before[id(old)], ())]
+    if isinstance(optim, PlannedAdamW):
+        held = {id(part) for group in optim.param_groups for part in group["params"]}
+        optim.stepped, optim.stage = tuple(one for one in stepped if id(one.part) in held), zero
