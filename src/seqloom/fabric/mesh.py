@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from math import prod
-from typing import Any
 
 import torch
 from torch import distributed
@@ -129,117 +128,128 @@ class Fabric:
                 made[mine] = group
             return made[mine]
 
-        axes = _axes(plan, rank, group_of)
+        fabric = _arranged(plan, rank, device, group_of)
         if plan.tensor > 1 and 1 in plan.tensor_grid.sizes:
             group_of(tuple((one,) for one in range(world)))  # DTensor asks for a group of one too
-        mesh = _mesh(plan, device, axes, rank, made) if plan.tensor > 1 else None
+        mesh = _mesh(fabric, made) if plan.tensor > 1 else None
         groups = tuple(group for ranks, group in made.items() if len(ranks) < world)
         if device.type == "cuda":
             # NCCL asks all ranks of a group to take part in its first call, and the first trade may be between a few.
             for group in groups:
                 distributed.all_reduce(torch.zeros(1, device=device), group=group)
         if world > 1:
-            meter: Meter = axes["meter"]
-            meter.watch = Watch(meter.place, rank, world, distributed.group.WORLD.get_group_store())
-        return cls(plan=plan, device=device, mesh=mesh, groups=groups, **axes)
+            store = distributed.group.WORLD.get_group_store()
+            fabric.meter.watch = Watch(fabric.meter.place, rank, world, store)
+        return replace(fabric, mesh=mesh, groups=groups)
 
     @classmethod
     def sketch(cls, plan: Plan, rank: int = 0) -> "Fabric":
         """The fabric as one rank would see it, without processes or groups: for work on shapes alone."""
-        return cls(plan=plan, device=torch.device("meta"), **_axes(plan, rank, lambda _: None))
+        return _arranged(plan, rank, torch.device("meta"), lambda _: None)
 
 
 Families = tuple[tuple[int, ...], ...]
 """The ranks of every group of an axis; each rank is in one of them at most."""
 
 
-def _axes(plan: Plan, rank: int, group_of: Callable[[Families], distributed.ProcessGroup | None]) -> dict[str, Any]:
-    """The axes of `Fabric`, as `rank` stands on them."""
-    meter, grid = Meter(), plan.tensor_grid.axes
-    sizes = {**{name: getattr(plan, name) for name in AXES}, **grid}
-    ordered = [name for axis in reversed(plan.axis_order) for name in (grid if axis == "tensor" else (axis,))]
-    ranks = torch.arange(plan.world_size, device="cpu").view(*(sizes[name] for name in ordered))
+class _Lines:
+    """The groups of ranks along the axes of a plan, and where one rank stands in them."""
 
-    def families(*names: str) -> Families:
-        last = sorted(map(ordered.index, names))  # a group counts its members by number
-        order = [*(i for i in range(len(ordered)) if i not in last), *last]
-        length = prod(sizes[name] for name in names)
-        return tuple(map(tuple, ranks.permute(order).reshape(-1, length).tolist()))
+    def __init__(self, plan: Plan, rank: int, group_of: Callable[[Families], distributed.ProcessGroup | None]) -> None:
+        self.plan, self.rank, self.group_of, self.meter = plan, rank, group_of, Meter()
+        self.grid = plan.tensor_grid.axes
+        sizes = {**{name: getattr(plan, name) for name in AXES}, **self.grid}
+        self.ordered = [
+            name for axis in reversed(plan.axis_order) for name in (self.grid if axis == "tensor" else (axis,))
+        ]
+        self.ranks = torch.arange(plan.world_size, device="cpu").view(*(sizes[name] for name in self.ordered))
 
-    def place(name: str, found: Families) -> Axis:
-        mine = next(ranks for ranks in found if rank in ranks)
-        group = group_of(found) if len(mine) > 1 else None
-        return Axis(name, mine.index(rank), len(mine), group, meter)
+    def families(self, *names: str) -> Families:
+        """The ranks of each group along these axes together."""
+        last = sorted(map(self.ordered.index, names))  # a group counts its members by number
+        order = [*(i for i in range(len(self.ordered)) if i not in last), *last]
+        length = prod(self.ranks.shape[i] for i in last)
+        return tuple(map(tuple, self.ranks.permute(order).reshape(-1, length).tolist()))
 
-    def joined(name: str) -> Families:
-        tokens = [axis for axis in grid if axis in plan.tensor_grid.inner.tokens]
-        return families(name, *tokens) if plan.tensor_tokens == name else families(name)
+    def joined(self, name: str) -> Families:
+        """The groups of `ring` or `ulysses` in attention, which the token axes of the grid may join."""
+        inner = self.plan.tensor_grid.inner.tokens
+        tokens = [axis for axis in self.grid if axis in inner and self.plan.tensor_tokens == name]
+        return self.families(name, *tokens)
 
-    def halves(whole: Axis, found: Families, inner: int, names: tuple[str, str]) -> tuple[Axis, Axis]:
+    def place(self, name: str, found: Families) -> Axis:
+        """This rank on an axis of such groups; every rank calls it together."""
+        mine = next(ranks for ranks in found if self.rank in ranks)
+        group = self.group_of(found) if len(mine) > 1 else None
+        return Axis(name, mine.index(self.rank), len(mine), group, self.meter)
+
+    def along(self, name: str) -> Axis:
+        """This rank on an axis of the plan or the grid."""
+        return self.place(name, self.families(name))
+
+    def alone(self, name: str) -> Axis:
+        """An axis of this rank only."""
+        return Axis(name, 0, 1, None, self.meter)
+
+    def halves(self, whole: Axis, found: Families, inner: int, names: tuple[str, str]) -> tuple[Axis, Axis]:
         """An axis as two: `inner` neighbours, and the ranks of equal place among theirs."""
         if inner == whole.size:
-            return replace(whole, name=names[0]), Axis(names[1], 0, 1, None, meter)
+            return replace(whole, name=names[0]), self.alone(names[1])
         near = tuple(one[i : i + inner] for one in found for i in range(0, whole.size, inner))
         far = tuple(one[i::inner] for one in found for i in range(inner))
-        return place(names[0], near), place(names[1], far)
+        return self.place(names[0], near), self.place(names[1], far)
 
-    stages = families("pipeline")
-    around = joined("ring")
-    ring = place("ring", around)
-    inner_ring, outer_ring = halves(ring, around, plan.rings[1], ("inner_ring", "outer_ring"))
-    alike = families("data", "ring", "ulysses")
-    replicas = place("replicas", alike)
-    zero, zero_replicas = halves(replicas, alike, plan.replicas // plan.zero_replicas, ("zero", "zero_replicas"))
-    expert, expert_replicas = Axis("expert", 0, 1, None, meter), replicas
+    def ends(self) -> Axis:
+        """The first and the last rank of each pipeline, where the first and the last stage lie on two."""
+        if self.plan.pipeline == 1 or self.plan.schedule == "zbv":
+            return self.alone("ends")
+        pairs = tuple((ranks[0], ranks[-1]) for ranks in self.families("pipeline"))
+        group = self.group_of(pairs)  # by all ranks, those between the ends too
+        mine = next((ranks for ranks in pairs if self.rank in ranks), (self.rank,))
+        return Axis("ends", mine.index(self.rank), len(mine), group, self.meter)
+
+
+def _arranged(
+    plan: Plan, rank: int, device: torch.device, group_of: Callable[[Families], distributed.ProcessGroup | None]
+) -> Fabric:
+    """The fabric as `rank` stands on its axes, without a mesh for parameters."""
+    lines = _Lines(plan, rank, group_of)
+    around, alike = lines.joined("ring"), lines.families("data", "ring", "ulysses")
+    ring, replicas = lines.place("ring", around), lines.place("replicas", alike)
+    inner, outer = lines.halves(ring, around, plan.rings[1], ("inner_ring", "outer_ring"))
+    sharing = plan.replicas // plan.zero_replicas
+    zero, zero_replicas = lines.halves(replicas, alike, sharing, ("zero", "zero_replicas"))
+    expert, expert_replicas = lines.alone("expert"), replicas
     if plan.expert > 1:
-        sharing = families("data", "ring", "ulysses", *(grid if plan.expert_tensor == 1 else ()))
-        experts = place("expert", sharing)
-        expert, expert_replicas = halves(experts, sharing, plan.expert, ("expert", "expert_replicas"))
-    return {
-        "meter": meter,
-        "pipeline": place("pipeline", stages),
-        "data": place("data", families("data")),
-        "ring": ring,
-        "inner": inner_ring if plan.rings[0] > 1 else ring,
-        "outer": outer_ring,
-        "ulysses": place("ulysses", joined("ulysses")),
-        "tensor": place("tensor", families(*grid)),
-        "grid": {name: place(name, families(name)) for name in grid},
-        "replicas": replicas,
-        "zero": zero,
-        "zero_replicas": zero_replicas,
-        "expert": expert,
-        "expert_replicas": expert_replicas,
-        "ends": _ends(plan, rank, stages, group_of, meter),
-        "world": place("world", families(*sizes)),
-    }
+        dealt = lines.families("data", "ring", "ulysses", *(lines.grid if plan.expert_tensor == 1 else ()))
+        names = ("expert", "expert_replicas")
+        expert, expert_replicas = lines.halves(lines.place("expert", dealt), dealt, plan.expert, names)
+    return Fabric(
+        plan=plan,
+        device=device,
+        meter=lines.meter,
+        pipeline=lines.along("pipeline"),
+        data=lines.along("data"),
+        ring=ring,
+        inner=inner if plan.rings[0] > 1 else ring,
+        outer=outer,
+        ulysses=lines.place("ulysses", lines.joined("ulysses")),
+        tensor=lines.place("tensor", lines.families(*lines.grid)),
+        grid={name: lines.along(name) for name in lines.grid},
+        replicas=replicas,
+        zero=zero,
+        zero_replicas=zero_replicas,
+        expert=expert,
+        expert_replicas=expert_replicas,
+        ends=lines.ends(),
+        world=lines.place("world", lines.families(*lines.ordered)),
+    )
 
 
-def _ends(
-    plan: Plan,
-    rank: int,
-    pipelines: Families,
-    group_of: Callable[[Families], distributed.ProcessGroup | None],
-    meter: Meter,
-) -> Axis:
-    """The first and the last rank of each pipeline, where the first and the last stage lie on two."""
-    apart = plan.pipeline > 1 and plan.schedule != "zbv"
-    pairs = tuple((ranks[0], ranks[-1]) for ranks in pipelines) if apart else ()
-    group = group_of(pairs) if pairs else None  # by all ranks, those between the ends too
-    mine = next((ranks for ranks in pairs if rank in ranks), (rank,))
-    return Axis("ends", mine.index(rank), len(mine), group, meter)
-
-
-def _mesh(
-    plan: Plan,
-    device: torch.device,
-    axes: Mapping[str, Any],
-    rank: int,
-    made: Mapping[tuple[int, ...], distributed.ProcessGroup],
-) -> DeviceMesh:
+def _mesh(fabric: Fabric, made: Mapping[tuple[int, ...], distributed.ProcessGroup]) -> DeviceMesh:
     """This rank's tensor group as parameters know it, made of the groups there are."""
-    grid: dict[str, Axis] = axes["grid"]
-    mine = distributed.get_process_group_ranks(axes["tensor"].group)
-    ranks = torch.tensor(mine, device="cpu").view(*plan.tensor_grid.sizes)
-    groups = [axis.group or made[(rank,)] for axis in grid.values()]
-    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(grid))
+    assert fabric.tensor.group is not None
+    mine = distributed.get_process_group_ranks(fabric.tensor.group)
+    ranks = torch.tensor(mine, device="cpu").view(*fabric.plan.tensor_grid.sizes)
+    groups = [axis.group or made[(fabric.rank,)] for axis in fabric.grid.values()]
+    return DeviceMesh.from_group(groups, fabric.device.type, mesh=ranks, mesh_dim_names=tuple(fabric.grid))
