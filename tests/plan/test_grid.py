@@ -129,7 +129,7 @@ def held(size: int, grid: Grid, at: dict[str, int], axes: "list[str] | tuple[str
 
 @given(st.integers(0, 60), st.integers(1, 12))
 def test_chunks_are_those_of_torch(size: int, parts: int) -> None:
-    """Catches shards cut otherwise than DTensor cuts them, and parts left out where there are fewer rows."""
+    """Catches shards cut otherwise than DTensor and FSDP2 cut them, and parts left out where there are fewer rows."""
     theirs = [len(part) for part in torch.arange(size).chunk(parts)] if size else [0]
     assert chunks(size, parts) == (*theirs, *[0] * (parts - len(theirs)))
 

@@ -1,13 +1,10 @@
-"""Which ZeRO stages go with which replicas, and who holds which rows."""
+"""Which ZeRO stages go with which replicas."""
 
 from dataclasses import replace
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from seqloom.plan import ModelShape, Plan, fit, read_config, reasons, row_shares
+from seqloom.plan import ModelShape, Plan, fit, read_config, reasons
 
 TINY = ModelShape.from_config(fit(read_config("llama"), Plan(), 64))
 
@@ -52,10 +49,3 @@ def test_stages_of_one_rank_are_not_shared_out() -> None:
 def test_what_runs_is_not_refused(text: str) -> None:
     """Catches a refusal of what runs."""
     assert reasons(Plan.parse(text), TINY) == []
-
-
-@given(st.integers(0, 40), st.integers(1, 9))
-def test_rows_are_shared_as_torch_has_it(rows: int, ranks: int) -> None:
-    """Catches rounding that differs from FSDP2's, under which a checkpoint would shift rows."""
-    chunks = [len(part) for part in torch.arange(rows).chunk(ranks)] if rows else []
-    assert row_shares(rows, ranks) == (*chunks, *(0,) * (ranks - len(chunks)))

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from seqloom.fabric.failure import naming
 from seqloom.fabric.mesh import Axis
-from seqloom.geometry import even_bounds
+from seqloom.geometry import even_sizes
 
 # torch 2.13 renamed these two; 2.11 has the older names only.
 _all_gather_single = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -216,8 +215,7 @@ def start_sum_(whole: Tensor, axis: Axis) -> Pending:
         return Pending("all-reduce", axis, [], whole)
     if torch.finfo(whole.dtype).bits >= torch.finfo(torch.float32).bits:
         return start_all_reduce_(whole.contiguous(), axis)
-    bounds = even_bounds(whole.numel(), axis.size)
-    sizes = [stop - start for start, stop in pairwise(bounds)]
+    sizes = even_sizes(whole.numel(), axis.size)
     pending = start_sum_parts(whole.flatten(), axis, 0, sizes)
     summed = pending.finish
 

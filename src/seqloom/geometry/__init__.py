@@ -3,7 +3,7 @@
 from seqloom.geometry.heads import HeadSplit
 from seqloom.geometry.layout import Layout
 from seqloom.geometry.mask import Mask
-from seqloom.geometry.span import Span, cut, even_bounds, total
+from seqloom.geometry.span import Span, cut, even_bounds, even_sizes, total
 from seqloom.geometry.tile import Tile, keys_of
 
-__all__ = ["HeadSplit", "Layout", "Mask", "Span", "Tile", "cut", "even_bounds", "keys_of", "total"]
+__all__ = ["HeadSplit", "Layout", "Mask", "Span", "Tile", "cut", "even_bounds", "even_sizes", "keys_of", "total"]

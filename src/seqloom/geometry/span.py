@@ -1,6 +1,7 @@
 """A run of global token positions, and how runs are cut."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -59,6 +60,15 @@ def even_bounds(size: int, parts: int) -> tuple[int, ...]:
     (0, 2, 5, 7, 10)
     """
     return tuple(part * size // parts for part in range(parts + 1))
+
+
+def even_sizes(size: int, parts: int) -> tuple[int, ...]:
+    """The sizes of the pieces that `even_bounds` cuts.
+
+    >>> even_sizes(10, 4)
+    (2, 3, 2, 3)
+    """
+    return tuple(stop - start for start, stop in pairwise(even_bounds(size, parts)))
 
 
 def cut(spans: Sequence[Span], first: int, last: int) -> tuple[Span, ...]:

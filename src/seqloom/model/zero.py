@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from seqloom.errors import ModelError
 from seqloom.fabric import AllGather, Axis, Fabric, ReduceScatter, line
-from seqloom.plan import row_shares
+from seqloom.plan import chunks
 from seqloom.tensor import local
 
 
@@ -67,7 +67,7 @@ def shard(root: nn.Module, layers: Sequence[nn.Module], fabric: Fabric, together
         axis, _ = shared_over(parameter, fabric)
         said[name] = dict(parameter.__dict__)
         if axis.size > 1:
-            said[name]["zero_rows"] = sum(row_shares(len(local(parameter)), axis.size)[: axis.rank])
+            said[name]["zero_rows"] = sum(chunks(len(local(parameter)), axis.size)[: axis.rank])
         if isinstance(parameter, DTensor):
             plain[id(parameter)] = nn.Parameter(local(parameter.detach()), requires_grad=parameter.requires_grad)
     for module in root.modules():

@@ -10,7 +10,6 @@ from seqloom.plan.scale import few_micro_batches, reduced, shrunk
 from seqloom.plan.search import check, every_plan, legal_plans, nearest
 from seqloom.plan.shape import ModelShape
 from seqloom.plan.tiny import ALIASES, FAMILIES, TINY_SHAPES, fit, fit_world, read_config
-from seqloom.plan.zero import row_shares
 
 __all__ = [
     "ALIASES",
@@ -39,7 +38,6 @@ __all__ = [
     "read_config",
     "reasons",
     "reduced",
-    "row_shares",
     "run_again",
     "shortest",
     "shrunk",

@@ -193,7 +193,9 @@ def input_stays(in_features: int, out_features: int, *, regather: bool) -> bool:
 
 
 def chunks(size: int, parts: int) -> tuple[int, ...]:
-    """The sizes of `parts` shards of a parameter's dim, as torch.chunk and DTensor cut it: all but the last alike.
+    """The sizes of `parts` shards of a parameter's dim, as torch.chunk, and DTensor and FSDP2 with it, cut it.
+
+    Rounded up, so that the last ones are short or empty.
 
     >>> chunks(10, 4), chunks(5, 4)
     ((3, 3, 3, 1), (2, 2, 1, 0))

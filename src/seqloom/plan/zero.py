@@ -1,4 +1,4 @@
-"""Which ZeRO stages a plan allows, and which rows of a tensor each rank then holds."""
+"""Which ZeRO stages a plan allows."""
 
 from collections.abc import Iterator
 
@@ -31,15 +31,3 @@ def zero_reasons(plan: Plan) -> Iterator[str]:
             f"offload=true keeps shares of parameters, gradients and the optimizer's state in host memory, and "
             f"zero={plan.zero} does not share out all three; use zero=2 or zero=3, or leave it out."
         )
-
-
-def row_shares(rows: int, ranks: int) -> tuple[int, ...]:
-    """Rows of a tensor that each rank of a ZeRO group holds: even chunks rounded up, the last ones short or empty.
-
-    As torch.chunk has it, and FSDP2 with it.
-
-    >>> row_shares(10, 4), row_shares(2, 3)
-    ((3, 3, 3, 1), (1, 1, 0))
-    """
-    each = -(-rows // ranks)
-    return tuple(max(0, min(each, rows - rank * each)) for rank in range(ranks))

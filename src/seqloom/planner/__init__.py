@@ -4,7 +4,6 @@ from seqloom.planner.bubble import bubble_share
 from seqloom.planner.expert_traffic import expert_bytes
 from seqloom.planner.kept import Kept, kept_bytes
 from seqloom.planner.place import Place, Tokens, inner_spans, outer_spans, places, tokens_held
-from seqloom.planner.rest import AtRest, at_rest_bytes, zero_bytes
 from seqloom.planner.tensor_traffic import (
     Linear,
     layer_elements,
@@ -14,6 +13,7 @@ from seqloom.planner.tensor_traffic import (
     tensor_bytes,
 )
 from seqloom.planner.traffic import all_reduce_bytes, attention_bytes, local_heads
+from seqloom.planner.zero import AtRest, at_rest_bytes, zero_bytes
 
 __all__ = [
     "AtRest",

@@ -9,9 +9,7 @@ With `there` copies of this rank's tokens for experts elsewhere, and `here` copi
 and forward, to every other rank, the number of copies for each of its experts, 8 bytes each.
 """
 
-from itertools import pairwise
-
-from seqloom.geometry import even_bounds
+from seqloom.geometry import even_sizes
 from seqloom.plan import ModelShape, Plan
 
 COUNT_BYTES = 8
@@ -25,6 +23,6 @@ def expert_bytes(
     there: copies of this rank's tokens for experts of other ranks. here: copies of other ranks' tokens for its
     experts. rank: on the expert axis. item_bytes: size of an activation element.
     """
-    held = [stop - start for start, stop in pairwise(even_bounds(model.experts, plan.expert))]
+    held = even_sizes(model.experts, plan.expert)
     copies = (there + here) * model.hidden * item_bytes
     return {"forward": copies + COUNT_BYTES * (model.experts - held[rank]), "backward": copies}

@@ -14,10 +14,9 @@ key/value heads here, of widths Dk and Dv, N tokens and heads as the Ulysses gro
 Full recomputation of a layer of h channels is the 2sbh of arXiv 2205.05198, table 2.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
-from seqloom.geometry import HeadSplit, Layout, even_bounds, total
+from seqloom.geometry import HeadSplit, Layout, even_sizes, total
 from seqloom.plan import Plan, chunks
 from seqloom.plan.shape import ModelShape
 from seqloom.planner.place import tokens_held
@@ -58,8 +57,7 @@ def kept_bytes(
     queries, keys = split.queries(0).size, max(split.keys(part).size for part in range(layout.ulysses))
     kept = together * queries * (value * item_bytes + max(4, item_bytes))
     if layout.ulysses > 1:
-        bounds = even_bounds(together, layout.ulysses)
-        mine = max(stop - start for start, stop in pairwise(bounds))
+        mine = max(even_sizes(together, layout.ulysses))
         traded = together * (queries * model.head_dim + keys * (model.head_dim + value)) + mine * heads * value
         kept += traded * item_bytes
     if plan.exchange == "rsa":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from seqloom.geometry import Layout, Span, cut, even_bounds, total
+from seqloom.geometry import Layout, Span, cut, even_bounds, even_sizes, total
 from seqloom.plan import Plan
 
 
@@ -134,8 +134,7 @@ def tokens_held(plan: Plan, layout: Layout) -> tuple[frozenset[int], frozenset[i
     """
     grid, inner = plan.tensor_grid, dict[tuple[int, int], int]()
     for ring, spans in enumerate(layout.ring_spans):
-        bounds = even_bounds(total(spans), layout.ulysses)
-        inner |= {(ring, member): bounds[member + 1] - bounds[member] for member in range(layout.ulysses)}
+        inner |= {(ring, member): size for member, size in enumerate(even_sizes(total(spans), layout.ulysses))}
     together = set(inner.values())
     if grid.inner_only is not None:
         sharing = range(grid.axes[grid.inner_only])

@@ -28,10 +28,9 @@ where q, k and v of other families send 2 or 3 (t-1)/t N h. Sources: arXiv 2205.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 from math import prod
 
-from seqloom.geometry import HeadSplit, Layout, even_bounds
+from seqloom.geometry import HeadSplit, Layout, even_sizes
 from seqloom.plan import Direction, Grid, ModelShape, Move, Moves, Plan, chunks, input_stays
 from seqloom.planner.place import Place, Tokens
 from seqloom.planner.traffic import local_heads
@@ -106,7 +105,7 @@ class _Sending:
         """Elements of an all-reduce of [tokens, width], of one sequence."""
         if not self.ring:
             return Fraction(2 * (parts - 1) * num_tokens * width, parts)
-        sizes = [stop - start for start, stop in pairwise(even_bounds(num_tokens, parts))]
+        sizes = even_sizes(num_tokens, parts)
         return width * (num_tokens - sizes[rank] + (parts - 1) * sizes[rank])
 
     def gathered(self, move: Move | None, features: int, num_tokens: int, width: int) -> None:

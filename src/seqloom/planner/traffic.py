@@ -38,7 +38,7 @@ Sources: arXiv 2309.14509 (Ulysses), 2310.01889 (ring), 2406.18485 (double ring)
 from collections import Counter
 from collections.abc import Sequence
 
-from seqloom.geometry import HeadSplit, Layout, Mask, Span, even_bounds, total
+from seqloom.geometry import HeadSplit, Layout, Mask, Span, even_sizes, total
 from seqloom.plan import ModelShape, Plan
 
 
@@ -75,7 +75,7 @@ def attention_bytes(  # noqa: PLR0913
     for axis, (blocks, gradients) in _ring_tokens(plan, layout, masks, ring_rank).items():
         forward = blocks * width * item_bytes
         sent[axis] = {"forward": forward, "backward": forward + gradients * width * accumulate_bytes}
-    members = even_bounds(total(layout.ring_spans[ring_rank]), plan.attention_ulysses)
+    members = even_sizes(total(layout.ring_spans[ring_rank]), plan.attention_ulysses)
     forward, backward = _ulysses_elements(heads, members, ulysses_rank, key_dim, value_dim)
     rows = len(masks)
     sent["ulysses"] = {"forward": rows * forward * item_bytes, "backward": rows * backward * item_bytes}
@@ -132,7 +132,7 @@ def _seen(masks: Sequence[Mask], queries: Sequence[Span], keys: Sequence[Span]) 
 def _ulysses_elements(
     heads: HeadSplit, members: Sequence[int], mine: int, key_dim: int, value_dim: int
 ) -> tuple[int, int]:
-    """Elements of a row that member `mine` sends forward and backward; members: where each one's tokens end."""
+    """Elements of a row that member `mine` sends forward and backward; members: the tokens of each."""
 
     def arriving(part: int) -> int:
         """Elements of q, k and v that a token is to a member."""
@@ -143,11 +143,11 @@ def _ulysses_elements(
         return heads.queries(part).size * value_dim
 
     forward = backward = 0
-    own = members[mine + 1] - members[mine]
+    own = members[mine]
     for peer in range(heads.parts):
         if peer == mine:
             continue
-        theirs = members[peer + 1] - members[peer]
+        theirs = members[peer]
         forward += own * arriving(peer) + theirs * leaving(mine)
         backward += theirs * arriving(mine) + own * leaving(peer)
     return forward, backward

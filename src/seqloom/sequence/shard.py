@@ -3,7 +3,6 @@
 from collections.abc import Callable, Hashable
 from copy import copy
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from seqloom.errors import DataError, PlanError
 from seqloom.fabric import Axis, Fabric, all_reduce_
-from seqloom.geometry import Layout, Mask, Span, Tile, even_bounds, total
+from seqloom.geometry import Layout, Mask, Span, Tile, even_sizes, total
 from seqloom.plan import unsplittable
 from seqloom.sequence.batch import Batch
 from seqloom.sequence.kept import KeptResults
@@ -91,8 +90,7 @@ class SequenceShard:
     @property
     def group_tokens(self) -> tuple[int, ...]:
         """How many tokens each rank of this rank's Ulysses group holds."""
-        bounds = even_bounds(self.ring_tokens[self.ring.rank], self.ulysses.size)
-        return tuple(stop - start for start, stop in pairwise(bounds))
+        return even_sizes(self.ring_tokens[self.ring.rank], self.ulysses.size)
 
     def row_masks(self, window: int | None = None) -> tuple[tuple[Span, Mask], ...]:
         """The local rows in runs of one mask each, within a layer's window."""

@@ -16,7 +16,6 @@ rank of the axis calls them together; tensors on the meta device travel nowhere.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,11 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from seqloom.errors import DataError
 from seqloom.fabric import Axis, start_collect, start_sum_, start_sum_parts
-from seqloom.geometry import even_bounds
-
-
-def _even(size: int, parts: int) -> tuple[int, ...]:
-    return tuple(stop - start for start, stop in pairwise(even_bounds(size, parts)))
+from seqloom.geometry import even_sizes
 
 
 def _split(x: Tensor, axis: Axis, dim: int, sizes: Sequence[int]) -> Tensor:
@@ -112,7 +107,7 @@ class _Reduce(torch.autograd.Function):
 def _cut(x: Tensor, axis: Axis, dim: int, sizes: Sequence[int] | None) -> tuple[int, ...]:
     """The sizes of the parts that x falls into. Raises DataError for sizes that are not those of x."""
     if sizes is None:
-        return _even(x.shape[dim], axis.size)
+        return even_sizes(x.shape[dim], axis.size)
     if len(sizes) != axis.size or sum(sizes) != x.shape[dim]:
         raise DataError(
             f"The sizes {tuple(sizes)} sum to {sum(sizes)}, but dim {dim} has {x.shape[dim]} to be cut among the "

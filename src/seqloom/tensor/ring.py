@@ -14,7 +14,7 @@ Where x or y is whole (no sequence parallelism), the sum over ranks is such a sc
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqloom.fabric import start_collect, start_shift
-from seqloom.geometry import even_bounds
+from seqloom.geometry import even_sizes
 from seqloom.tensor.group import TOKENS, Transfer
 from seqloom.tensor.linear import Call, products, weight_gradient
 
@@ -68,8 +68,7 @@ def _sum(part: Callable[[slice], Tensor], move: Transfer, num_tokens: int) -> Te
     """`_reduce`, gathered to all ranks where the move is of the whole."""
     if move.dim is not None:
         return _reduce(part, move)
-    bounds = even_bounds(num_tokens, move.axis.size)
-    cut = Transfer(move.axis, TOKENS, tuple(stop - start for start, stop in pairwise(bounds)))
+    cut = Transfer(move.axis, TOKENS, even_sizes(num_tokens, move.axis.size))
     return start_collect(_reduce(part, cut), cut.axis, TOKENS, cut.sizes).wait()
 
 

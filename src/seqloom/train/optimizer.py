@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seqloom.fabric import Axis, Fabric, start_collect
 from seqloom.model import at_rest, shared_over
-from seqloom.plan import row_shares
+from seqloom.plan import chunks
 from seqloom.tensor import local
 
 BUCKET_BYTES = 32 * 2**20
@@ -117,7 +117,7 @@ def _share(name: str, parameter: nn.Parameter, fabric: Fabric) -> Stepped:
         return Stepped(name, parameter, nn.Parameter(held), first, axis)
     if held.dim() == 0:  # too small to deal
         return Stepped(name, parameter, nn.Parameter(held))
-    shares = row_shares(len(held), axis.size)
+    shares = chunks(len(held), axis.size)
     first = sum(shares[: axis.rank])
     return Stepped(name, parameter, nn.Parameter(held[first : first + shares[axis.rank]]), first, axis)
 
@@ -153,7 +153,7 @@ def _fetch(bucket: Sequence[Stepped]) -> None:
     assert axis is not None
     parts = [local(one.parameter.detach()) for one in bucket]
     # [parts, ranks]: elements of each part that each rank steps.
-    counts = [[rows * part[:1].numel() for rows in row_shares(len(part), axis.size)] for part in parts]
+    counts = [[rows * part[:1].numel() for rows in chunks(len(part), axis.size)] for part in parts]
     sizes = [sum(column) for column in zip(*counts, strict=True)]
     mine = torch.cat([one.part.detach().flatten() for one in bucket])
     by_rank = start_collect(mine, axis, 0, sizes).wait().split(sizes)
@@ -162,6 +162,6 @@ def _fetch(bucket: Sequence[Stepped]) -> None:
             continue
         fetched = flat.split([count[rank] for count in counts])
         for part, rows in zip(parts, fetched, strict=True):
-            shares = row_shares(len(part), axis.size)
+            shares = chunks(len(part), axis.size)
             first = sum(shares[:rank])
             part[first : first + shares[rank]] = rows.view(shares[rank], *part.shape[1:])

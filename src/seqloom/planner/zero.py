@@ -1,10 +1,10 @@
-"""What a rank holds of parameters, gradients and the optimizer's state once backward is done."""
+"""What a rank holds of parameters, gradients and the optimizer's state once backward is done, and what ZeRO sends."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from seqloom.plan import Plan, row_shares
+from seqloom.plan import Plan, chunks
 
 MOMENTS = 2
 """AdamW's tensors of the shape of what it steps."""
@@ -39,7 +39,7 @@ def at_rest_bytes(plan: Plan, shapes: Iterable[tuple[int, ...]], *, zero_rank: i
     ranks, place = (plan.replicas // plan.zero_replicas, zero_rank) if plan.zero else (1, 0)
     whole = padded = mine = 0
     for rows, *rest in shapes:
-        width, shares = prod(rest), row_shares(rows, ranks)
+        width, shares = prod(rest), chunks(rows, ranks)
         whole, padded, mine = whole + rows * width, padded + shares[0] * width, mine + shares[place] * width
     held = padded if plan.zero >= 2 else whole
     stepped = mine if plan.zero else whole
@@ -59,6 +59,6 @@ def zero_bytes(
     400
     """
     ranks = plan.replicas // plan.zero_replicas
-    shares = [sum(row_shares(rows, ranks)[0] * prod(rest) for rows, *rest in unit) for unit in units]
+    shares = [sum(chunks(rows, ranks)[0] * prod(rest) for rows, *rest in unit) for unit in units]
     moves = 2 * sum(shares) + (sum(shares[:-1]) if plan.zero == 3 else 0)
     return (ranks - 1) * moves * item_bytes * micro_batches
