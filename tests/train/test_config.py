@@ -10,6 +10,7 @@ import yaml
 from seqloom.errors import ConfigError
 from seqloom.plan import TINY_SHAPES, Plan
 from seqloom.train.config import Config
+from seqloom.train.curriculum import stretches
 from seqloom.train.reading import load_config
 
 MINIMAL = {"model": {"path": "llama"}, "data": {"files": ["*.txt"]}, "train": {"steps": 10}}
@@ -319,8 +320,19 @@ def test_the_older_word_for_recomputation(write: Any) -> None:
     for plan in ("ring=2", "ring=2 recompute=full"):
         asked = [f"plan={plan}", "train.gradient_checkpointing=true"]
         assert str(load_config(write(MINIMAL), asked).plan) == "ring=2 recompute=full"
-    with pytest.raises(ConfigError, match=r"the plan has recompute=selective; leave train\.gradient_checkpointing out"):
-        load_config(write(MINIMAL), ["plan=recompute=selective", "train.gradient_checkpointing=true"])
+    phases = "curriculum=[{until_step: 5}, {until_step: 10, plan: ulysses=2}]"
+    config = load_config(write(MINIMAL), ["plan=ring=2", "train.gradient_checkpointing=true", phases])
+    assert [str(stretch.config.plan) for stretch in stretches(config)] == [
+        "ring=2 recompute=full",
+        "ulysses=2 recompute=full",
+    ]
+    says = r"'%s' has recompute=selective; leave train\.gradient_checkpointing out"
+    for plan, asked in (
+        ("recompute=selective", ["plan=recompute=selective"]),
+        ("ulysses=2 recompute=selective", [phases.replace("ulysses=2", "ulysses=2 recompute=selective")]),
+    ):
+        with pytest.raises(ConfigError, match=says % plan):
+            load_config(write(MINIMAL), [*asked, "train.gradient_checkpointing=true"])
 
 
 def test_micro_batches_follow_from_their_size(write: Any) -> None:

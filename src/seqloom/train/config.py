@@ -191,13 +191,22 @@ class Config(Section):
     @model_validator(mode="after")
     def _recomputing(self) -> "Config":
         if self.train.gradient_checkpointing:
-            if self.plan.recompute not in ("none", "full"):
-                raise ValueError(
-                    "train.gradient_checkpointing is true, which is the older word for recompute=full, but the plan "
-                    f"has recompute={self.plan.recompute}; leave train.gradient_checkpointing out."
-                )
-            object.__setattr__(self, "plan", replace(self.plan, recompute="full"))  # pydantic's way past `frozen`
+            phases = tuple(
+                phase.model_copy(update={"plan": phase.plan and _recomputed(phase.plan)}) for phase in self.curriculum
+            )
+            for name, value in (("plan", _recomputed(self.plan)), ("curriculum", phases)):
+                object.__setattr__(self, name, value)  # pydantic's way past `frozen`
         return self
+
+
+def _recomputed(plan: Plan) -> Plan:
+    """The plan as train.gradient_checkpointing has it."""
+    if plan.recompute not in ("none", "full"):
+        raise ValueError(
+            "train.gradient_checkpointing is true, which is the older word for recompute=full, but the plan "
+            f"'{plan}' has recompute={plan.recompute}; leave train.gradient_checkpointing out."
+        )
+    return replace(plan, recompute="full")
 
 
 def _family_reasons(given: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[str]:

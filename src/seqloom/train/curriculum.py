@@ -1,7 +1,7 @@
 """A run in phases, each with a plan, a sequence length and a batch of its own: short context first, then long."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from seqloom.train.config import Config, Phase
 
@@ -36,8 +36,6 @@ def _laid_over(config: Config, phase: Phase) -> Config:
     train, plan = config.train, phase.plan or config.plan
     batch, accumulate = phase.batch or train.batch, phase.accumulate or train.accumulate
     sized = {"batch": batch, "accumulate": accumulate, "micro_batch": batch // accumulate}
-    if train.gradient_checkpointing:
-        plan = replace(plan, recompute="full")
     length = phase.sequence_length or config.data.sequence_length
     return config.model_copy(
         update={
