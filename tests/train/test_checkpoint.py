@@ -141,7 +141,7 @@ def spoil(name: str, text: str) -> Callable[[Path], object]:
 
 
 WHOLE = "is not a whole checkpoint: "
-ADVICE = "remove that folder and resume from an older one."
+ADVICE = "move that folder aside and take an older one."
 BROKEN_PROGRESS = f"{WHOLE}progress.json is missing or broken; {ADVICE}"
 
 
@@ -169,7 +169,7 @@ def test_broken_checkpoint(finished: Finished, stopped: Path, damage: Callable[[
 
 
 def test_the_advice_helps(pool: Pool, finished: Finished, stopped: Path) -> None:
-    """Catches an older checkpoint that cannot be gone on from once the broken one is removed as advised."""
+    """Catches an older checkpoint that cannot be gone on from once the broken one is moved aside as advised."""
     shutil.rmtree(stopped / "checkpoints" / "step-000008")
     run_file(pool, finished.config, f"run.folder={stopped}", resume=True)
     assert metrics(stopped) == metrics(finished.folder)

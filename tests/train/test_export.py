@@ -51,7 +51,7 @@ def test_exported_weights_are_the_run_s(pool: Pool, finished: Finished, tmp_path
 
 
 def test_what_cannot_be_exported_is_refused(finished: Finished, tmp_path: Path) -> None:
-    """Catches a folder with two models mixed in it, and a bare FileNotFoundError."""
+    """Catches a folder with two models mixed in it, a bare FileNotFoundError, and advice to remove good checkpoints."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="is there already and would be mixed"):
@@ -60,8 +60,14 @@ def test_what_cannot_be_exported_is_refused(finished: Finished, tmp_path: Path) 
         export(tmp_path / "absent", tmp_path / "out")
     with pytest.raises(CheckpointError, match="holds none that an evaluation marked as the best"):
         export(finished.folder, tmp_path / "out", marked=True)
-    with pytest.raises(CheckpointError, match=r"is not a whole checkpoint: progress\.json is missing"):
-        export(tmp_path / "full", tmp_path / "out")
+    for folder in (tmp_path / "full", finished.folder / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"is no checkpoint; name a folder step-\.\.\., as step-000120, or "):
+            export(folder, tmp_path / "out")
+    (tmp_path / "step-000004").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"is not a whole checkpoint: progress\.json is missing .* move that folder"
+    ):
+        export(tmp_path / "step-000004", tmp_path / "out")
     assert export(finished.folder / "checkpoints" / "step-000004", tmp_path / "out")[0] == 4
 
 

@@ -37,7 +37,7 @@ from seqloom.train.state import (
 _NAME = re.compile(r"step-(\d{6,})$")
 _PROGRESS = "progress.json"
 _BEST = "best.json"
-_ADVICE = "remove that folder and resume from an older one"
+_ADVICE = "move that folder aside and take an older one"
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,11 @@ def publish(unfinished: Path, progress: Progress, keep: int, *, mark: bool) -> P
 def read_progress(path: Path, *, contents: bool = False) -> Progress:
     """Read where a checkpoint stands, having checked that all its files are there in full.
 
-    contents: check each file's checksum too, which reads all of it. Raises CheckpointError for a
-    checkpoint that is incomplete or damaged.
+    contents: check each file's checksum too, which reads all of it. Raises CheckpointError for what is no
+    checkpoint, or one that is incomplete or damaged.
     """
+    if not _NAME.fullmatch(path.name):
+        raise CheckpointError(f"{path} is no checkpoint; name a folder step-..., as step-000120, or that of the run.")
     try:
         written = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
         files = {str(name): (int(size), int(checksum)) for name, (size, checksum) in written.pop("files").items()}
