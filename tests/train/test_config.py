@@ -132,6 +132,8 @@ WRONG_VALUES = [
     ("train=5", "train is 5; it must be a section."),
     ("train=null", "train is null; it must be a section."),
     ("data.files=a.txt", "data.files is 'a.txt' (a string); it must be a list."),
+    ("data.split=nonsense",
+     "data.split is 'nonsense', but only data.dataset has splits, not files; leave it out."),
     ("data.files=[]", "data.files and data.dataset are both missing; name the text by one of them."),
     ("data.dataset=x", "data.files and data.dataset are both given; name the text by one of them."),
     ("data.files=[a, 3]", "data.files[1] is 3; it must be a string."),

@@ -47,11 +47,15 @@ class ModelConfig(Section):
         return self
 
 
-def _one_source(section: str, files: tuple[str, ...], dataset: str | None) -> None:
+def _one_source(section: str, files: tuple[str, ...], dataset: str | None, split: str | None) -> None:
     if bool(files) == (dataset is not None):
         raise ValueError(
             f"{section}.files and {section}.dataset are {'both given' if files else 'both missing'}; "
             "name the text by one of them."
+        )
+    if split is not None and dataset is None:
+        raise ValueError(
+            f"{section}.split is '{split}', but only {section}.dataset has splits, not files; leave it out."
         )
 
 
@@ -62,7 +66,7 @@ class DataConfig(Section):
         Python's standard library). A .jsonl file holds a document a line, a .parquet or .arrow file one a row,
         any other file is one.
     dataset: in place of `files`, a folder that the library datasets wrote by save_to_disk, or a name on the hub.
-    split: of that dataset, where it has several.
+    split: of that dataset, where it has several; none said is train.
     text_key: the key of a .jsonl line, or the column of a table, that holds the text.
     tokenizer: `bytes`, or the folder of a Hugging Face tokenizer.
     sequence_length: tokens of one training sequence.
@@ -71,7 +75,7 @@ class DataConfig(Section):
 
     files: Globs = ()
     dataset: Annotated[str, Field(min_length=1)] | None = None
-    split: str = "train"
+    split: str | None = None
     text_key: str = "text"
     tokenizer: str = "bytes"
     sequence_length: Count = 4096
@@ -79,7 +83,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _tokenizer_exists(self) -> "DataConfig":
-        _one_source("data", self.files, self.dataset)
+        _one_source("data", self.files, self.dataset, self.split)
         if self.tokenizer != "bytes" and not Path(self.tokenizer).is_dir():
             raise ValueError(
                 f"data.tokenizer is '{self.tokenizer}', and there is no such folder; "
@@ -93,24 +97,24 @@ class EvalConfig(Section):
 
     files: globs as those of `data`, whose other settings hold here too.
     dataset: in place of `files`, as that of `data`.
-    split: of that dataset.
+    split: of that dataset; none said is test.
     every: optimizer steps between evaluations; the last step is always followed by one.
     sequences: how many of the text's sequences are taken, from its start; null is all.
     """
 
     files: Globs = ()
     dataset: Annotated[str, Field(min_length=1)] | None = None
-    split: str = "test"
+    split: str | None = None
     every: Count | None = None
     sequences: Count | None = None
 
     def as_data(self, data: DataConfig) -> DataConfig:
         """The held-out text as `load_text` takes it."""
-        return data.model_copy(update={"files": self.files, "dataset": self.dataset, "split": self.split})
+        return data.model_copy(update={"files": self.files, "dataset": self.dataset, "split": self.split or "test"})
 
     @model_validator(mode="after")
     def _has_text(self) -> "EvalConfig":
-        _one_source("eval", self.files, self.dataset)
+        _one_source("eval", self.files, self.dataset, self.split)
         return self
 
 

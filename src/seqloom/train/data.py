@@ -33,7 +33,7 @@ def load_text(data: DataConfig, tokenizer: Tokenizer) -> PackedText:
         texts = (text for file in files for text in reader.documents(file))
     else:
         files = [data.dataset]
-        texts = reader.rows(dataset_texts(data.dataset, data.split, data.text_key))
+        texts = reader.rows(dataset_texts(data.dataset, data.split or "train", data.text_key))
     documents = list(_encode(texts, tokenizer))
     notes = reader.notes()
     if wordless := sum(not len(document) for document in documents):

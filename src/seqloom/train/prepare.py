@@ -74,7 +74,7 @@ def _check_fit(config: Config, world: int | None) -> None:
 
 def _find_text(data: DataConfig, section: str) -> None:
     if data.dataset is not None:
-        open_dataset(data.dataset, data.split, data.text_key)
+        open_dataset(data.dataset, data.split or "train", data.text_key)
     for file in find_files(data.files, f"{section}.files"):
         if file.lower().endswith(ENDINGS):
             next(table_texts(file, data.text_key), None)
