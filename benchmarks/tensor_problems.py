@@ -9,8 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from seqloom import Batch
-from seqloom.model import build_model
-from seqloom.verify.lift import Float64Islands
+from seqloom.model import Float64Islands, build_model
 
 Results = Mapping[str, Tensor]
 """What a run computes: of the Llama `loss` and every gradient by its name, of the MLP `out`, `x` and those."""

@@ -26,8 +26,8 @@ from benchmarks.tensor_contenders import Contender, Prepared, Unavailable, nothi
 from benchmarks.tensor_peers import llama_plan
 from benchmarks.tensor_problems import Llama, Results
 from seqloom import Batch, Fabric, Plan, parallelize
+from seqloom.model import Float64Islands
 from seqloom.train import adamw, apply_gradients, compute_gradients
-from seqloom.verify.lift import Float64Islands
 
 RATE, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.95), 0.1, 1.0
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -8,11 +8,10 @@ from model.dense import batch_of, build
 from pool import Pool
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import parallelize, sum_gradients, token_loss
+from seqloom.model import Float64Islands, parallelize, sum_gradients, token_loss
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import Batch, shard_batch
 from seqloom.verify import Case, verify_here
-from seqloom.verify.lift import Float64Islands
 from seqloom.verify.oracle import one_device_output
 
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 0.5}

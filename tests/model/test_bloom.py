@@ -16,11 +16,10 @@ from pool import Pool
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric
 from seqloom.geometry import Mask
-from seqloom.model import parallelize, token_loss
+from seqloom.model import Float64Islands, parallelize, token_loss
 from seqloom.model.bloom import alibi_slopes
 from seqloom.plan import Plan
 from seqloom.sequence import shard_batch
-from seqloom.verify.lift import Float64Islands
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 7, 8, 12, 16, 20, 112])

@@ -12,13 +12,12 @@ from model.dense import TOKENS, batch_of, build, dense_loss, gradients
 from pool import Pool
 from seqloom.fabric import Fabric
 from seqloom.geometry import even_bounds
-from seqloom.model import build_model, parallelize, sum_gradients, token_loss, whole_tensors
+from seqloom.model import Float64Islands, build_model, parallelize, sum_gradients, token_loss, whole_tensors
 from seqloom.model.experts import expert_modules
 from seqloom.plan import ModelShape, Plan, fit, read_config
 from seqloom.planner import expert_bytes
 from seqloom.sequence import shard_batch
 from seqloom.verify import Case, verify_here
-from seqloom.verify.lift import Float64Islands
 
 ROUTERS = ("MixtralTopKRouter", "Qwen3MoeTopKRouter", "DeepseekV3TopkRouter")
 

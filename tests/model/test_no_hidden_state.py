@@ -16,10 +16,9 @@ from model.test_parity import compare, split
 from pool import Pool
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.geometry import Mask
-from seqloom.model import parallelize, sum_gradients, token_loss
+from seqloom.model import Float64Islands, parallelize, sum_gradients, token_loss
 from seqloom.plan import Plan
 from seqloom.sequence import Batch, shard_batch
-from seqloom.verify.lift import Float64Islands
 
 PLANS = ("ring=3", "ring=2 ulysses=2 exchange=gather", "ring=2 ulysses=2 exchange=needed layout=balanced")
 

@@ -12,10 +12,9 @@ from model.dense import TOKENS, batch_of, build, dense_loss, gradients
 from pool import Pool
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.geometry import Mask
-from seqloom.model import parallelize, sum_gradients, token_loss
+from seqloom.model import Float64Islands, parallelize, sum_gradients, token_loss
 from seqloom.plan import FAMILIES, Plan
 from seqloom.sequence import Batch, shard_batch
-from seqloom.verify.lift import Float64Islands
 
 Documents = list[list[int]] | None
 ZERO = 1e-10

@@ -13,11 +13,10 @@ from model.dense import batch_of, build, dense_loss, gradients
 from pool import Pool
 from seqloom.errors import ModelError, PlanError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import outline, parallelize, probe, sum_gradients, token_loss, whole_tensors
+from seqloom.model import Float64Islands, outline, parallelize, probe, sum_gradients, token_loss, whole_tensors
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import shard_batch
 from seqloom.tensor import Placeholder
-from seqloom.verify.lift import Float64Islands
 
 TOKENS = 37
 ZERO = 1e-10

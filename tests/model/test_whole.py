@@ -15,11 +15,10 @@ from model.dense import TOKENS, batch_of, build, dense_loss, gradients
 from pool import Pool
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric
-from seqloom.model import count_copies, lasting, parallelize, sum_gradients, token_loss, whole_tensors
+from seqloom.model import Float64Islands, count_copies, lasting, parallelize, sum_gradients, token_loss, whole_tensors
 from seqloom.plan import Plan, Side, fit, read_config
 from seqloom.sequence import shard_batch
 from seqloom.tensor import TensorGroup, split
-from seqloom.verify.lift import Float64Islands
 
 GRIDS = {
     "tensor=3": {"tensor": 0},

@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 from pool import Pool
 from seqloom.errors import ConfigError, NumericsError
 from seqloom.fabric import Fabric
-from seqloom.model import build_model, count_copies, main_gradients, parallelize, whole_tensors
+from seqloom.model import Float64Islands, build_model, count_copies, main_gradients, parallelize, whole_tensors
 from seqloom.plan import Plan, Side, read_config
 from seqloom.sequence import NO_LABEL, Batch
 from seqloom.tensor import TensorGroup, split
 from seqloom.train import StepReport, apply_gradients, compute_gradients, computing, step
 from seqloom.train.step import gradient_norm
-from seqloom.verify.lift import Float64Islands
 
 ROWS, TOKENS = 12, 24
 LABELS = [1, 2, 3, 5, 8, 23, 0, 0, 4, 0, 0, 0]

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from pool import Pool
 from seqloom.attention import dropout as attention_dropout
 from seqloom.errors import ModelError
+from seqloom.model import Float64Islands
 from seqloom.plan import FAMILIES, Plan, fit, read_config
 from seqloom.tensor import ParallelDropout
 from seqloom.verify import Case, Verdict, verify_here
 from seqloom.verify.coins import stays
-from seqloom.verify.lift import Float64Islands
 from seqloom.verify.oracle import one_device_logits
 
 TOKENS = 35

@@ -308,9 +308,8 @@ def without_search(what: Case) -> Verdict:
 def searched(what: Case) -> Parting | None:
     """The search itself, on runs that agree."""
     from seqloom.fabric import Fabric
-    from seqloom.model import parallelize
+    from seqloom.model import Float64Islands, parallelize
     from seqloom.verify import parting
-    from seqloom.verify.lift import Float64Islands
     from seqloom.verify.parting import first_parting
 
     def counted(*given: Any) -> list[Any]:

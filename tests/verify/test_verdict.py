@@ -15,12 +15,11 @@ from torch import nn
 from pool import Pool
 from seqloom.errors import SeqloomError
 from seqloom.geometry import Mask
-from seqloom.model import sum_gradients, token_loss
+from seqloom.model import Float64Islands, sum_gradients, token_loss
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import Batch
 from seqloom.train import step
 from seqloom.verify import MEASURES, Case, Verdict, verify, verify_here
-from seqloom.verify.lift import Float64Islands
 from seqloom.verify.oracle import Trajectory
 
 TOKENS = 48

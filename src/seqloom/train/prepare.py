@@ -19,13 +19,13 @@ from seqloom.train.tables import ENDINGS, open_dataset, table_texts
 from seqloom.train.tokenizer import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
-FREE_TO_CHANGE = (
-    *("steps", "learning_rate", "schedule", "warmup_steps", "warmup_samples", "decay_steps", "decay_samples"),
-    *("final_learning_rate_share", "clip"),
+MAY_CHANGE = frozenset(
+    [
+        *("steps", "learning_rate", "schedule", "warmup_steps", "warmup_samples", "decay_steps", "decay_samples"),
+        *("final_learning_rate_share", "clip", "accumulate", "loss_chunk", "gradient_checkpointing"),
+    ]
 )
-ANY_WAY = ("accumulate", "loss_chunk", "gradient_checkpointing")
-"""Keys of `train` that may differ when a run is resumed; a note says so. The second change no number but by rounding,
-as `plan` does, which may differ too. All else must be as it was."""
+"""Keys of `train` that may differ when a run is resumed, as `plan` may; a note says so. All else must be as it was."""
 
 
 def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[s
     if phases[0] != phases[1]:
         before["curriculum"], now["curriculum"] = phases
     changed = {key: (before.get(key), now.get(key)) for key in {**before, **now} if before.get(key) != now.get(key)}
-    free = {"plan", *(f"train.{key}" for key in FREE_TO_CHANGE + ANY_WAY)}
+    free = {"plan", *(f"train.{key}" for key in MAY_CHANGE)}
     fixed = [key for key in changed if key not in free and not key.startswith(("run.", "eval"))]
     if fixed:
         said = ", ".join(f"{key} was {changed[key][0]} and is {changed[key][1]}" for key in fixed)

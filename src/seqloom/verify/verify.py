@@ -13,12 +13,11 @@ from seqloom.errors import DataError, ModelError, NumericsError
 from seqloom.fabric import Fabric, broadcast_
 from seqloom.fabric.launch import run_local
 from seqloom.geometry import Mask
-from seqloom.model import build_model, outline, parallelize, probe, whole_tensors
+from seqloom.model import Float64Islands, build_model, outline, parallelize, probe, whole_tensors
 from seqloom.plan import ModelShape, Plan, check, micro_batches_needed, without_dropout
 from seqloom.sequence import Batch
 from seqloom.train import adamw, apply_gradients, compute_gradients
 from seqloom.verify.compare import MEASURES, Verdict, compare, number_error, tensor_errors
-from seqloom.verify.lift import Float64Islands
 from seqloom.verify.oracle import Trajectory, one_device_steps, visible
 from seqloom.verify.parting import Parting, first_parting, later_parting
 
