@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from close import assert_close
 from dialects.cases import Case
 from dialects.test_cases import CASES
 from pool import Pool
@@ -337,10 +339,18 @@ def small_run(pool: Pool, folder: Path, dialect: str, file: str, world: int | No
     return config
 
 
-def test_mindformers_trains(pool: Pool, tmp_path: Path) -> None:
-    """Catches a reduced YAML file that is legal and does not run."""
-    config = small_run(pool, tmp_path, "mindformers", "from_mindformers.yaml", None)
-    assert str(config.plan) == "pipeline=2 ring=2 tensor=2 recompute=full layout=contiguous"
+def test_mindformers_trains_as_one_device(pool: Pool, tmp_path: Path) -> None:
+    """Catches a reduced YAML file that does not run, or a plan that trains another model, or on other text, than one
+    process does."""
+    losses = []
+    for name, more in (("split", ()), ("alone", ("plan=data=1",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        small_run(pool, folder, "mindformers", "from_mindformers.yaml", None, "train.precision=float64", *more)
+        losses.append(torch.tensor([line["loss"] for line in metrics(folder / "run")], dtype=torch.float64))
+    described = json.loads((tmp_path / "split" / "run" / "run.json").read_text(encoding="utf-8"))
+    assert described["plan"] == "pipeline=2 ring=2 tensor=2 recompute=full layout=contiguous"
+    assert_close(*losses, tolerance=1e-12)
 
 
 def test_megatron_trains(pool: Pool, tmp_path: Path) -> None:
@@ -356,6 +366,21 @@ def test_colossalai_trains(pool: Pool, tmp_path: Path) -> None:
     config = small_run(pool, tmp_path, "colossalai", "from_colossalai.py", 8)
     assert str(config.plan) == "data=2 zero=1 ring=2 tensor=2 sequence_parallel=false"
     assert ModelShape.from_config(config.model.settings()).kv_heads == 2, "key/value heads are shared, as there"
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "name",
+    ["llama2-70b", "qwen-7b", "qwen2.5-7b", "qwen3-8b", "mistral-7b", "gpt2", "mixtral", "deepseek-v2", "deepseek-v3"],
+)
+def test_every_family_trains(pool: Pool, tmp_path: Path, name: str) -> None:
+    """Catches a family that is known by name and cannot be trained at reduced size."""
+    named, text = by_name(name), write_text(tmp_path / "text.txt")
+    assert named is not None
+    theirs = Translation(Plan(ring=2), named[1], {"sequence_length": 4096, "schedule": {"steps": 1}}, ())
+    words = [f"data.files=['{text}']", f"run.folder={tmp_path / 'run'}", "train.steps=2", "data.sequence_length=64"]
+    run(pool, translated("megatron", theirs, words, scale="tiny").config)
+    assert all(isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
 
 
 @pytest.mark.sweep

@@ -42,22 +42,22 @@ def train(
     """
     from seqloom.train import load_config, prepare
 
-    words, told, made = [config, *(overrides or [])], (), None
     if dialect is None:
         _refuse_alone(
             {"--scale": scale, "--world": world, "--dialect-version": version, "--keep-rank-order": keep_order}
         )
-        settings = load_config(Path(words[0]), words[1:])
-    else:
-        from seqloom.cli.foreign import read
-
-        made = read(dialect, words, scale=scale, world=world, version=version, keep_order=keep_order)
-        settings, told = made.config, made.lines
+        settings, made = load_config(Path(config), overrides or []), None
 
     # What starts processes loads after the settings are read, so that a mistake in them is told at once.
     from seqloom.fabric.launch import launched, speaks
 
     try:
+        if dialect is not None:
+            from seqloom.cli.foreign import read
+
+            words = [config, *(overrides or [])]
+            made = read(dialect, words, scale=scale, world=world, version=version, keep_order=keep_order)
+            settings = made.config
         notes = prepare(settings, resume=resume, world=launched())
     except SeqloomError:
         if speaks():
@@ -66,7 +66,7 @@ def train(
     if speaks():
         if made is not None:
             made.keep()
-        for line in (*told, *notes):
+        for line in (*(made.lines if made is not None else ()), *notes):
             typer.echo(line)
         typer.echo(f"Reading the text and starting '{settings.plan}' ...")
     summary = _run(settings, resume)

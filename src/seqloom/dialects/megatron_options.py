@@ -47,6 +47,7 @@ SCHEDULE = {
     "--lr-warmup-samples": "warmup_samples",
     "--lr-warmup-tokens": "warmup_tokens",
     "--lr-warmup-fraction": "warmup_share",
+    "--lr-warmup-init": "first_learning_rate",
     "--lr-wsd-decay-iters": "wsd_steps",
     "--lr-wsd-decay-samples": "wsd_samples",
     "--initial-loss-scale": "initial_loss_scale",
@@ -206,6 +207,11 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
         name: ("changed", "It is not carried into `model`; where the family has it, say it by model.config.KEY=VALUE.")
         for name in _NOT_CARRIED.split()
     },
+    **{
+        name: ("changed", "Weight decay is the same in all steps here, that of --weight-decay.")
+        for name in ("--start-weight-decay", "--end-weight-decay", "--weight-decay-incr-style")
+    },
+    "--lr-wsd-decay-style": ("changed", "The fall at the end is linear here."),
     "--calculate-per-token-loss": ("mapped", "seqloom's loss is always the mean over the labels of the global batch."),
     "--moe-router-load-balancing-type": ("no effect", "The family's own auxiliary loss is used."),
     "--moe-aux-loss-coeff": (

@@ -99,6 +99,8 @@ def untouched(name: str) -> tuple[Verdict, str]:
     if name in BY_NAME:
         return BY_NAME[name]
     first = name.partition(".")[0]
+    if first in ("lr_schedule", "optimizer"):
+        return "changed", "It is not carried over; a run's schedule and optimizer have what `train` names."
     if first == "model":
         return "no effect", "It does not enter `model`: the family sets it, or has no such setting."
     return "no effect", SECTIONS.get(first, "It says nothing about how a run is split; it does not enter the plan.")

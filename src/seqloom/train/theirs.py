@@ -135,7 +135,7 @@ class Schedule:
         if rate is not None:
             found["learning_rate"] = rate
         else:
-            self._note("train.learning_rate", "changed", "Not said: seqloom's default.", None)
+            self._note("train.learning_rate", "changed", "Not read from these settings: seqloom's default.", None)
         if style is not None:
             named = _STYLES.get(str(style).lower())
             if named is None:
@@ -150,7 +150,7 @@ class Schedule:
             if str(style).lower().startswith("poly"):
                 self._note("train.schedule", "changed", "A polynomial of power 1, its default, is linear.", style)
         else:
-            self._note("train.schedule", "changed", "Not said: seqloom's default, cosine.", None)
+            self._note("train.schedule", "changed", "Not read from these settings: seqloom's default, cosine.", None)
         if floor is not None and found.get("schedule") != "constant" and rate:
             if floor > rate:
                 self._refuse(
