@@ -18,6 +18,7 @@ from seqloom.plan import (
     ModelShape,
     Plan,
     fit,
+    layer_costs,
     read_config,
     reasons,
     shortest,
@@ -272,6 +273,24 @@ def test_what_all_tokens_go_through(family: str, changes: dict[str, Any], expect
     """Catches shared experts forgotten, and dense layers among sparse ones."""
     config = {"model_type": family, "num_hidden_layers": 4, "num_attention_heads": 8, "hidden_size": 64, **changes}
     assert ModelShape.from_config({"vocab_size": 9, "max_position_embeddings": 9, **config}).inside == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_costs_what_its_weights_multiply(family: str) -> None:
+    """Catches dense widths where experts are, experts that a token does not go to, and latents taken as full."""
+    config = {**read_config(family), **({"n_layer": 3} if family in ("bloom", "gpt2") else {"num_hidden_layers": 3})}
+    config |= {"mlp_only_layers": [1]} if family == "qwen3_moe" else {}
+    shape = ModelShape.from_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    found = [0] * 3
+    for name, parameter in model.named_parameters():
+        layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        chooses = ".router." in name or ".mlp.gate." in name
+        if layer is not None and parameter.dim() > 1 and not chooses and not name.endswith("_bias"):
+            share = shape.experts_per_token / shape.experts if ".experts." in name else 1
+            found[layer] += round(parameter.numel() * share)
+    assert layer_costs(shape) == found
 
 
 def test_latents_have_transformers_widths() -> None:

@@ -82,13 +82,30 @@ def cut(plan: Plan, model: ModelShape, num_tokens: int | None = None) -> tuple[i
 
 
 def layer_costs(model: ModelShape, num_tokens: int | None = None) -> list[float]:
-    """For each layer the multiplications of a token's forward pass, its attention over `num_tokens` included."""
-    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    """For each layer the multiplications of a token's forward pass, its attention over `num_tokens` included.
+
+    Of experts those that a token goes to count, and those that all share; the choice among them does not.
+    """
     matrices = 2 if model.family in _PLAIN_MLP else 3
-    linears = model.hidden * (2 * queries + 2 * keys + matrices * model.intermediate)
+    mlps = [
+        matrices * model.hidden * (inside + routed) for inside, routed in zip(model.inside, model.routed, strict=True)
+    ]
     tokens = num_tokens or 0
     windows = [tokens if window is None else min(window, tokens) for window in model.windows]
-    return [linears + 2 * queries * (window - window**2 / (2 * max(1, tokens))) for window in windows]
+    each = model.heads * (model.head_dim + model.value_dim)  # a query with a key and with a value
+    seen = [each * (window - window**2 / (2 * max(1, tokens))) for window in windows]
+    linears = _attention_linears(model)
+    return [linears + mlp + attention for mlp, attention in zip(mlps, seen, strict=True)]
+
+
+def _attention_linears(model: ModelShape) -> int:
+    """The elements of the weights around attention, each of which meets a token once."""
+    queries, values = model.heads * model.head_dim, model.heads * model.value_dim
+    if not model.key_latent:
+        return model.hidden * (queries + model.kv_heads * (model.head_dim + model.value_dim) + values)
+    into = model.hidden * (model.query_latent + model.key_latent + model.shared_key)
+    out = (model.query_latent or model.hidden) * queries
+    return into + out + model.key_latent * (queries - model.heads * model.shared_key + values) + values * model.hidden
 
 
 def pipeline_reasons(plan: Plan, model: ModelShape, micro_batches: int | None = None) -> Iterator[str]:

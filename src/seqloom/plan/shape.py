@@ -19,7 +19,8 @@ class ModelShape:
     experts: of a layer that has them, 0 where none has; a token goes to experts_per_token of them, and `balanced`
         is whether the loss asks for their balance.
     inside: for each layer the width inside of its MLP or of the experts that all tokens share, 0 where it has neither;
-        left out, intermediate, or 0 in a model with experts.
+        left out, intermediate, or 0 in a model with experts. routed: the same of the experts that one token goes to,
+        together; left out, as many as it goes to in every layer, each of width intermediate.
     query_latent, key_latent: of multi-head latent attention the width of what queries are made of, 0 where that is the
         hidden state, and of what keys and values are. shared_key: of the rotated part of keys, which all heads share.
     unsupported: a sentence for each feature that no plan honours yet.
@@ -41,6 +42,7 @@ class ModelShape:
     experts_per_token: int = 0
     balanced: bool = False
     inside: tuple[int, ...] = ()
+    routed: tuple[int, ...] = ()
     query_latent: int = 0
     key_latent: int = 0
     shared_key: int = 0
@@ -55,6 +57,9 @@ class ModelShape:
             object.__setattr__(self, "value_dim", self.head_dim)
         if not self.inside:
             object.__setattr__(self, "inside", (0 if self.experts else self.intermediate,) * self.layers)
+        if not self.routed:
+            width = self.experts_per_token * self.intermediate if self.experts else 0
+            object.__setattr__(self, "routed", (width,) * self.layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
@@ -111,6 +116,7 @@ class ModelShape:
             shared_key=values["qk_rope_head_dim"] if family in _LATENT else 0,
             experts=_experts(family, values),
             inside=_inside(family, values),
+            routed=_routed(family, values),
             experts_per_token=values.get("num_experts_per_tok", 0),
             balanced=bool(values.get("output_router_logits")),
             unsupported=tuple(_unsupported(config)),
@@ -183,6 +189,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 6144,
         "num_experts": 128,
         "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
         "decoder_sparse_step": 1,
     },
     "deepseek_v2": _DEEPSEEK,
@@ -277,6 +284,15 @@ def _inside(family: str, values: Mapping[str, Any]) -> tuple[int, ...]:
         return ()
     shared = values["n_shared_experts"] * values["moe_intermediate_size"] if family in _LATENT else 0
     return tuple(shared if sparse else values["intermediate_size"] for sparse in _sparse(family, values))
+
+
+def _routed(family: str, values: Mapping[str, Any]) -> tuple[int, ...]:
+    """For each layer the width inside of the experts that a token goes to, together; () for the same everywhere."""
+    if not _experts(family, values):
+        return ()
+    name = "intermediate_size" if family in ("mixtral", "gpt_oss") else "moe_intermediate_size"
+    width = values.get("num_experts_per_tok", 0) * values[name]
+    return tuple(width if sparse else 0 for sparse in _sparse(family, values))
 
 
 def _windows(family: str, values: Mapping[str, Any]) -> tuple[int | None, ...]:
