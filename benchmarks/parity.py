@@ -1,18 +1,20 @@
 """Every legal plan against one device: loss, gradient norm, gradients and parameters after three steps, in float64.
 
-    python -m benchmarks.parity [--worlds 2 4 8] [--models llama mixtral] [--every 1] [--sixteen] [--rows F] [--out F]
+    python -m benchmarks.parity [--worlds 2 4 8] [--models llama mixtral] [--every 1] [--sixteen]
+        [--rows F] [--kept] [--out F]
 
 Each plan of `seqloom plan --list` trains three steps of at least two micro-batches with clipping, as `seqloom verify`
 does, and is held against one device. Worlds of 16 run the plans named below. The page is written anew; a plan that
 differs or fails is written there too, and the program ends with status 1. With `--rows`, what ran is kept in that file,
-a row a line, and a program that was stopped goes on where it was.
+a row a line, and a program that was stopped goes on where it was; with `--kept` the page tells of these alone.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from time import perf_counter
 
@@ -52,7 +54,7 @@ class Row:
     @property
     def worst(self) -> float:
         """The largest of the four errors."""
-        return max(self.loss, self.norm, self.gradient, self.parameter)
+        return _worst((self.loss, self.norm, self.gradient, self.parameter))
 
     @property
     def equal(self) -> bool:
@@ -60,6 +62,37 @@ class Row:
         return not self.failed and all(
             error <= TOLERANCE for error in (self.loss, self.norm, self.gradient, self.parameter)
         )
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What `seqloom plan --list` names for a model and a number of processes.
+
+    count: how many plans it names. plans: those to run, of 16 processes the ones named above. dropped: the others
+    that were to run, which the model that grew to the plan alone, and not to the number of processes, refuses.
+    """
+
+    model: str
+    world: int
+    count: int
+    plans: tuple[str, ...]
+    dropped: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: str, world: int, num_tokens: int) -> "Listed":
+        """What is listed of a built-in model."""
+        grown = ModelShape.from_config(fit_world(read_config(model), world, num_tokens))
+        every = [str(plan) for plan in every_plan(grown, num_tokens, world=world)]
+        plans: dict[bool, list[str]] = {True: [], False: []}
+        for text in SIXTEEN if world == 16 else every:
+            plan = Plan.parse(text)
+            plans[not reasons(plan, _shape(model, plan, num_tokens), num_tokens)].append(text)
+        return cls(model, world, len(every), tuple(plans[True]), tuple(plans[False]))
+
+
+def _worst(errors: Iterable[float]) -> float:
+    """The largest error; a NaN is the worst of all."""
+    return max(errors, key=lambda error: (isnan(error), error))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=1, help="run only every so many-th plan")
     parser.add_argument("--sixteen", action="store_true", help="plans of 16 processes too")
     parser.add_argument("--rows", type=Path, help="a file of rows, read and added to")
+    parser.add_argument("--kept", action="store_true", help="run nothing: the page of the rows that are kept")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page")
     asked = parser.parse_args(arguments)
     kept = {}
@@ -78,32 +112,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [Row(**json.loads(line)) for line in asked.rows.read_text(encoding="utf-8").splitlines()]
         kept = {(row.model, row.plan): row for row in found}
     rows: list[Row] = []
+    listed = []
     for model in asked.models:
         for world in [*asked.worlds, *([16] if asked.sixteen else [])]:
-            plans = plans_of(model, world, asked.tokens)[:: asked.every if world < 16 else 1]
+            listed.append(Listed.of(model, world, asked.tokens))
+            for plan in listed[-1].dropped:
+                print(f"NOT RUN {model} '{plan}': the model grown to it refuses it")
+            plans = listed[-1].plans[:: asked.every if world < 16 else 1]
             rows += [kept[model, plan] for plan in plans if (model, plan) in kept]
             plans = [plan for plan in plans if (model, plan) not in kept]
-            for start in range(0, len(plans), CHUNK):
+            for start in range(0, 0 if asked.kept else len(plans), CHUNK):
                 new = ran(model, world, plans[start : start + CHUNK], asked.tokens)
                 if asked.rows is not None:
                     with asked.rows.open("a", encoding="utf-8") as file:
                         file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
                 rows += new
                 print(f"{model} {world}: {min(start + CHUNK, len(plans))} of {len(plans)}", flush=True)
-    asked.out.write_text("\n".join(page(rows, asked)) + "\n", encoding="utf-8")
+    asked.out.write_text("\n".join(page(rows, listed, asked)) + "\n", encoding="utf-8")
     wrong = [row for row in rows if not row.equal]
     for row in wrong:
         print(f"NOT EQUAL {row.model} '{row.plan}': {row.failed or asdict(row)}")
     print(f"{len(rows) - len(wrong)} of {len(rows)} plans equal one device; the table is in {asked.out.name}.")
     return 1 if wrong else 0
-
-
-def plans_of(model: str, world: int, num_tokens: int) -> list[str]:
-    """The plans to run: all legal ones, of 16 processes those named above."""
-    named = [Plan.parse(text) for text in SIXTEEN] if world == 16 else None
-    grown = ModelShape.from_config(fit_world(read_config(model), world, num_tokens))
-    found = every_plan(grown, num_tokens, world=world) if named is None else named
-    return [str(plan) for plan in found if not any(reasons(plan, _shape(model, plan, num_tokens), num_tokens))]
 
 
 def _shape(model: str, plan: Plan, num_tokens: int) -> ModelShape:
@@ -138,28 +168,34 @@ def judged(model: str, plans: Sequence[str], num_tokens: int) -> list[Row]:
     return found
 
 
-def page(rows: Sequence[Row], asked: argparse.Namespace) -> Iterator[str]:
+def page(rows: Sequence[Row], listed: Sequence[Listed], asked: argparse.Namespace) -> Iterator[str]:
     """docs/parity.md."""
     yield "# Every legal plan equals one device"
     yield ""
-    wrong = sum(not row.equal for row in rows)
-    part = f"every {asked.every}th plan" if asked.every > 1 else "every plan"
+    wrong, count = sum(not row.equal for row in rows), sum(each.count for each in listed)
     yield (
-        f"{len(rows) - wrong:,} of {len(rows):,} plans equal one device to {TOLERANCE:.0e} in float64: the loss, "
-        "the gradient norm, every gradient and every parameter after three steps of at least two micro-batches with "
-        f"clipping, at {asked.tokens} tokens a sequence. Written by `python -m benchmarks.parity`; it ran {part} that "
-        "`seqloom plan --list` names."
+        f"{len(rows):,} of the {count:,} plans that `seqloom plan --list` names for these models and processes "
+        f"ran{f', one of every {asked.every}' if asked.every > 1 else ''}. {len(rows) - wrong:,} of these equal one "
+        f"device to {TOLERANCE:.0e} in float64: the loss, the gradient norm, every gradient and every parameter after "
+        f"{STEPS} steps of at least {MICRO_BATCHES} micro-batches with clipping, at {asked.tokens} tokens a sequence. "
+        "The models are the built-in ones, grown to each plan. Written by `python -m benchmarks.parity`"
+        f"{'; of 16 processes only the plans that it names ran' if 16 in {each.world for each in listed} else ''}."
     )
     yield ""
-    yield "| model | processes | plans | not equal | worst error |"
-    yield "|---|---|---|---|---|"
-    groups = dict.fromkeys((row.model, row.world) for row in rows)
-    for model, world in groups:
+    yield "| model | processes | plans listed | run | not equal | worst error |"
+    yield "|---|---|---|---|---|---|"
+    groups = {(each.model, each.world): each for each in listed}
+    for (model, world), each in groups.items():
         some = [row for row in rows if (row.model, row.world) == (model, world)]
         yield (
-            f"| {model} | {world} | {len(some):,} | {sum(not row.equal for row in some)} | "
-            f"{max(row.worst for row in some):.1e} |"
+            f"| {model} | {world} | {each.count:,} | {len(some):,} | {sum(not row.equal for row in some)} | "
+            f"{f'{_worst(row.worst for row in some):.1e}' if some else ''} |"
         )
+    if any(each.dropped for each in listed):
+        yield ""
+        yield "Listed and not run, since the model that grew to the plan alone refuses it:"
+        yield ""
+        yield from (f"- {each.model}: `{plan}`" for each in listed for plan in each.dropped)
     for model, world in groups:
         yield from ("", f"## {model}, {world} processes", "")
         yield "| plan | loss | gradient norm | worst gradient | parameters |"

@@ -145,12 +145,20 @@ def test_the_table_of_parity(tmp_path: Path) -> None:
     page, kept = tmp_path / "parity.md", tmp_path / "rows.jsonl"
     arguments = ["--worlds", "1", "--models", "llama", "--tokens", "9", "--out", str(page), "--rows", str(kept)]
     assert parity.main(arguments) == 0
-    assert "1 of 1 plans equal one device" in page.read_text(encoding="utf-8")
+    said = page.read_text(encoding="utf-8")
+    assert "1 of the 1 plans that `seqloom plan --list` names" in said and " ran. 1 of these equal one device" in said
     row = kept.read_text(encoding="utf-8")
     kept.write_text(row.replace('"failed": ""', '"failed": "it hung"'), encoding="utf-8")
     assert parity.main(arguments) == 1 and len(kept.read_text(encoding="utf-8").splitlines()) == 1
     assert "it hung" in page.read_text(encoding="utf-8")
-    asked = argparse.Namespace(tokens=9, every=1)
+    kept.unlink()
+    assert parity.main([*arguments, "--kept"]) == 0
+    assert "0 of the 1 plans" in page.read_text(encoding="utf-8") and not kept.exists()
+
+
+def test_the_page_of_parity() -> None:
+    """Catches rows counted as equal that are not, and plans that were listed and are silently missing."""
+    asked = argparse.Namespace(tokens=9, every=2)
     rows = [
         parity.Row("llama", 2, "ring=2", 1e-15, 1e-15, 1e-15, 1e-15),
         parity.Row("llama", 2, "data=2", 1e-15, 1e-15, 2e-9, 1e-15),
@@ -158,8 +166,11 @@ def test_the_table_of_parity(tmp_path: Path) -> None:
         parity.Row("llama", 2, "tensor=2", failed="it hung"),
     ]
     assert [row.equal for row in rows] == [True, False, False, False]
-    text = "\n".join(parity.page(rows, asked))
-    assert "1 of 4 plans equal" in text and "| llama | 2 | 4 | 3 |" in text and "it hung" in text
+    listed = parity.Listed("llama", 2, 9, ("ring=2", "data=2", "ulysses=2", "tensor=2"), ("zero=1 data=2",))
+    text = "\n".join(parity.page(rows, [listed], asked))
+    assert "4 of the 9 plans" in text and "ran, one of every 2. 1 of these equal" in text and "it hung" in text
+    assert "| llama | 2 | 9 | 4 | 3 | nan |" in text and "- llama: `zero=1 data=2`" in text
+    assert [parity.Listed.of(model, 4, 47).dropped for model in ("llama", "mixtral")] == [(), ()]
 
 
 def test_whole_steps_run_through(tmp_path: Path) -> None:
