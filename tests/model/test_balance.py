@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from close import assert_close
 from model.dense import batch_of, build
@@ -9,8 +10,10 @@ from pool import Pool
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric, all_reduce_
 from seqloom.model import Float64Islands, parallelize, sum_gradients, token_loss
+from seqloom.model.pipeline import cut_model, views
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import Batch, shard_batch
+from seqloom.train import compute_gradients
 from seqloom.verify import Case, verify_here
 from seqloom.verify.oracle import one_device_output
 
@@ -32,10 +35,27 @@ def verified(family: str, text: str) -> str | None:
         ("qwen3_moe", "data=2 ulysses=2 layout=striped"),
         ("gpt_oss", "data=2 expert=2"),
         ("mixtral", "tensor=2 ring=2 expert=2"),
+        ("qwen3_moe", "pipeline=2 ring=2"),
+        ("mixtral", "pipeline=2 schedule=zbv"),
     ],
 )
 def test_no_plan_changes_it(pool: Pool, family: str, text: str) -> None:
     """Catches a mean of each shard's balance, of each rank's rows, or of each micro-batch, all of which are others."""
+    assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("gpt_oss", "pipeline=2 data=2 zero=1 schedule=gpipe"),
+        ("mixtral", "pipeline=2 schedule=interleaved tensor=2 expert=2 recompute=full"),
+        ("qwen3_moe", "pipeline=2 data=2 ring=2 expert=4 zero=2"),
+        ("qwen3_moe", "pipeline=2 schedule=zbv ulysses=2 layout=striped"),
+    ],
+)
+def test_no_pipeline_changes_it(pool: Pool, family: str, text: str) -> None:
+    """Catches sums that stages lose, or add up in another order of micro-batches, beside other axes."""
     assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
 
 
@@ -68,6 +88,35 @@ def padded(text: str) -> None:
 def test_padding_does_not_count(pool: Pool) -> None:
     """Catches padding counted as tokens, which it is not in the family's formula, and shards that miss it."""
     pool.run(3, padded, "ring=3")
+
+
+def refused(text: str) -> str:
+    """What a pipeline says to hidden states in bfloat16."""
+    fabric = Fabric.build(Plan.parse(text))
+    model = parallelize(build("mixtral", **BALANCED).to(torch.bfloat16), fabric)
+    with pytest.raises(ModelError) as caught:
+        compute_gradients(model, [batch_of(1)] * 2, fabric, precision="float32", chunk_tokens=8)
+    return str(caught.value)
+
+
+def test_a_type_that_cannot_count(pool: Pool) -> None:
+    """Catches counts above 256 rounded on their way to the next stage."""
+    for said in pool.run(2, refused, "pipeline=2"):
+        assert "torch.bfloat16 cannot count so far; keep the weights in float32" in said
+
+
+def test_routers_are_watched_once() -> None:
+    """Catches one more hook on every router at each step of a rank with several stages."""
+    model = build("mixtral", num_hidden_layers=4, **BALANCED)
+    plan = Plan(pipeline=2, schedule="zbv")
+    cut_model(model, plan, 0, (1, 1, 1, 1))
+    router = model.model.layers[0].mlp.gate
+    found = []
+    for _ in range(2):
+        for part in views(model, plan, 0).values():
+            maybe_install_capturing_hooks(part.base_model)  # as transformers does at its first call
+        found.append(len(router._forward_hooks))
+    assert found == [1, 1]
 
 
 def test_the_sequences_of_a_step_are_asked_for() -> None:

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric
 from seqloom.fabric.pipeline import run_stages
+from seqloom.model.balance import Tally, is_balanced, tallied_loss, tally, tally_elements
 from seqloom.model.families import layers
 from seqloom.model.loss import base_outputs, head_loss
 from seqloom.model.zero import inside
@@ -130,6 +132,8 @@ def views(model: PreTrainedModel, plan: Plan, rank: int) -> dict[int, PreTrained
     mine = stages_of(plan, rank)
     if len(mine) == 1:
         return {mine[0]: model}
+    if is_balanced(model):  # else each view, made anew for each step, would have transformers watch routers once more
+        maybe_install_capturing_hooks(model.base_model)
     found = {}
     for stage in mine:
         view = _shallow(model)
@@ -168,12 +172,14 @@ class _Stage(nn.Module):
         given: Sequence[tuple[LocalBatch, SequenceShard]],
         passed: Tensor,
         width: int,
+        experts: int,
         computing: Computing,
-        loss: Callable[[PreTrainedModel, Tensor, LocalBatch], Tensor],
+        loss: Callable[[PreTrainedModel, Tensor, LocalBatch, SequenceShard, Tally | None], Tensor],
     ) -> None:
         super().__init__()
         self.part, self.first, self.last, self.given = part, first, last, given
-        self.passed, self.width, self.computing, self.loss = passed, width, computing, loss
+        self.passed, self.width, self.experts = passed, width, experts
+        self.computing, self.loss = computing, loss
 
     def forward(self, *received: Tensor, micro: Tensor) -> Tensor:
         """The hidden states of micro-batch number `micro`, flat, or its loss."""
@@ -185,16 +191,40 @@ class _Stage(nn.Module):
         shape = (*local.input_ids.shape, self.width)
         embedded = None if self.first else received[0][: prod(shape)].view(shape)
         with self.computing():
-            hidden = base_outputs(self.part, local, shard, embedded).last_hidden_state
+            found = base_outputs(self.part, local, shard, embedded)
+            hidden, met = found.last_hidden_state, None
+            if self.experts:
+                before = Tally.empty(len(hidden), self.experts, hidden.new_empty((), dtype=self.passed.dtype))
+                if not self.first:
+                    before = Tally.unpack(received[0][prod(shape) :], len(hidden), self.experts)
+                met = tally(self.part, found.router_logits, shard, before)
             if self.last:
-                return self.loss(self.part, hidden, local)
+                return self.loss(self.part, hidden, local, shard, met)
         if hidden.shape != shape or hidden.dtype != self.passed.dtype:
             raise ModelError(
                 f"{type(self.part).__name__} gives hidden states {list(hidden.shape)} in {hidden.dtype} where a "
                 f"pipeline passes {list(shape)} in {self.passed.dtype} on; use pipeline=1."
             )
-        flat = hidden.flatten()
+        flat = hidden.flatten() if met is None else torch.cat([hidden.flatten(), met.pack()])
         return nn.functional.pad(flat, (0, self.passed.numel() - flat.numel()))
+
+
+def _message(
+    model: PreTrainedModel, given: Sequence[tuple[LocalBatch, SequenceShard]], width: int, experts: int
+) -> Tensor:
+    """On the meta device what goes between stages: the hidden states of the largest micro-batch, and its tally.
+
+    experts: of a layer where their balance is in the loss, else 0. Raises ModelError for a type that cannot count.
+    """
+    if experts and torch.promote_types(model._passed, torch.float32) != model._passed:
+        raise ModelError(
+            f"output_router_logits=true sends counts of tokens along with a pipeline's hidden states, whose type "
+            f"{model._passed} cannot count so far; keep the weights in float32, with precision bf16 or fp16."
+        )
+    sizes = [local.input_ids.shape for local, _ in given]
+    counted = bool(experts)
+    most = max(rows * tokens * width + counted * tally_elements(rows, experts) for rows, tokens in sizes)
+    return torch.empty(most, dtype=model._passed, device="meta")
 
 
 def pipeline_loss(
@@ -203,6 +233,7 @@ def pipeline_loss(
     fabric: Fabric,
     *,
     total: int,
+    sequences: int,
     chunk_tokens: int,
     computing: Computing,
     scale: float = 1.0,
@@ -210,7 +241,8 @@ def pipeline_loss(
 ) -> Tensor:
     """Run micro-batches through all stages, forward and backward; every rank calls it together.
 
-    given: this rank's part of each micro-batch. total: label tokens of the step. scale: what losses are multiplied by
+    given: this rank's part of each micro-batch. total, sequences: label tokens and sequences of the step, as
+    `token_loss` takes them. scale: what losses are multiplied by
     for backward. Gradients are added up where backward leaves them. Returns this rank's share of the mean loss, in
     nats, without a graph; the shares of all ranks sum to it, and but for the last stage they are 0.
     """
@@ -218,16 +250,19 @@ def pipeline_loss(
     hidden, width = plan.tensor_grid.outer.hidden, model.config.hidden_size
     if hidden:
         width = chunks(width, fabric.grid[hidden].size)[fabric.grid[hidden].rank]
-    # Micro-batches of unlike sizes travel in messages of the largest.
-    most = max(local.input_ids.numel() for local, _ in given) * width
-    passed = torch.empty(most, dtype=model._passed, device="meta")
+    experts = model.num_experts if is_balanced(model) and sequences else 0
+    passed = _message(model, given, width, experts)
 
-    def loss(part: PreTrainedModel, hidden: Tensor, local: LocalBatch) -> Tensor:
+    def loss(
+        part: PreTrainedModel, hidden: Tensor, local: LocalBatch, shard: SequenceShard, met: Tally | None
+    ) -> Tensor:
         found = head_loss(part, hidden, local, total, chunk_tokens)
+        if met is not None:
+            found = found + tallied_loss(part, met, shard, sequences)
         return found * scale if scale != 1 else found
 
     stages = {
-        number: _Stage(part, number == 0, number == last, given, passed, width, computing, loss)
+        number: _Stage(part, number == 0, number == last, given, passed, width, experts, computing, loss)
         for number, part in views(model, plan, fabric.pipeline.rank).items()
     }
     losses = run_stages(

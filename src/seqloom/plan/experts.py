@@ -11,11 +11,6 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     """Why the plan cannot deal out this model's experts."""
     if model.balanced and not model.experts:
         yield "output_router_logits=true balances experts, and no layer of the model has any; set it to false."
-    elif model.balanced and plan.pipeline > 1:
-        yield (
-            f"output_router_logits=true balances experts over all layers, of which pipeline={plan.pipeline} has a part "
-            "on each rank, which is not supported yet; set it to false or leave pipeline out."
-        )
     if plan.expert == plan.expert_tensor == 1 or model.unsupported:
         return
     if not model.experts:

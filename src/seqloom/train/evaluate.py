@@ -50,6 +50,7 @@ def evaluate(
                         [(mine, shard)],
                         fabric,
                         total=total,
+                        sequences=0,
                         chunk_tokens=chunk_tokens,
                         computing=context,
                         backward=False,

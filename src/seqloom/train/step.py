@@ -77,7 +77,14 @@ def compute_gradients(
     if fabric.pipeline.size > 1:
         given = list(parts)
         share += pipeline_loss(
-            model, given, fabric, total=total, chunk_tokens=chunk_tokens, computing=context, scale=loss_scale
+            model,
+            given,
+            fabric,
+            total=total,
+            sequences=sequences,
+            chunk_tokens=chunk_tokens,
+            computing=context,
+            scale=loss_scale,
         )
     for mine, shard in parts:
         with context():
