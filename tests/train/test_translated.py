@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
 
 from close import assert_close
 from dialects.cases import Case
+from dialects.generated import SETTINGS
 from dialects.test_cases import CASES
 from pool import Pool
 from seqloom.dialects import Translation, translate
 from seqloom.dialects.models import by_name, known
-from seqloom.errors import ConfigError, DialectError
+from seqloom.errors import ConfigError, DialectError, SeqloomError
 from seqloom.model import outline
 from seqloom.plan import ModelShape, Plan, check, reasons, reduced, shrunk
 from seqloom.train import Config, Scale, TranslatedRun, translated
@@ -392,3 +395,65 @@ def test_every_case_trains(pool: Pool, tmp_path: Path, dialect: str, case: Case)
     words = [f"data.files=['{text}']", f"run.folder={tmp_path / 'run'}", "train.steps=2", "data.sequence_length=64"]
     run(pool, translated(dialect, theirs, [*words, *_override(theirs)], scale="tiny").config)
     assert all(isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("dialect", SETTINGS)
+@pytest.mark.parametrize("examples", [20, pytest.param(2000, marks=pytest.mark.sweep)])
+def test_any_settings_make_a_run_or_a_sentence(dialect: str, examples: int) -> None:
+    """Catches a traceback on the way from odd settings to a run, and a plan that was not reduced."""
+
+    @seed(1)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(SETTINGS[dialect], st.sampled_from([None, 1, 4, 8, 64]), st.sampled_from(["full", "tiny"]))
+    def check_one(text: str, world: int | None, scale: Scale) -> None:
+        try:
+            theirs = translate(dialect, [text], world=world)
+            found = translated(dialect, _named(theirs), [TEXT], scale=scale)
+        except SeqloomError as error:
+            assert str(error) and "\n" not in str(error) and "Traceback" not in str(error)
+        else:
+            assert scale == "full" or found.config.plan.world_size <= 8
+
+    check_one()
+
+
+ODD = st.sampled_from(
+    [None, True, -1, 0, 1, 5, 30, 0.1, 3e-4, 1e30, float("inf"), "3", "1e-3", "much", [], [0.9, 0.95]]
+)
+KEYS = (
+    *("steps", "samples", "tokens", "epochs", "learning_rate", "final_learning_rate", "decay", "decay_steps"),
+    *("decay_samples", "decay_tokens", "warmup_steps", "warmup_samples", "warmup_tokens", "warmup_share", "betas"),
+    *("weight_decay", "clip", "clipped", "beta1", "beta2", "epsilon", "optimizer", "seed", "first_learning_rate"),
+    *("wsd_steps", "wsd_samples", "initial_loss_scale", "loss_scale_window"),
+)
+STYLES = st.sampled_from(["cosine", "linear", "constant", "WSD", "inverse-square-root"])
+
+
+@pytest.mark.parametrize("examples", [50, pytest.param(3000, marks=pytest.mark.sweep)])
+def test_any_schedule_makes_a_run_or_a_sentence(examples: int) -> None:
+    """Catches a traceback on a value that no schedule can have, and one that the settings of a run refuse untold."""
+
+    @seed(2)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        st.dictionaries(st.sampled_from(KEYS), ODD, max_size=6),
+        STYLES,
+        st.sampled_from([None, {"start": 2, "increment": 2, "samples": 9}]),
+        st.sampled_from(["colossalai", "mindformers", "megatron"]),
+        st.sampled_from(["full", "tiny"]),
+    )
+    def check_one(values: dict[str, Any], style: str, ramp: Any, dialect: str, scale: Scale) -> None:
+        said = {"decay": style} | values
+        train = {"sequence_length": 64, "micro_batch": 2, "global_batch": 8, "ramp_up": ramp, "schedule": said}
+        try:
+            translated(dialect, _named(Translation(Plan(), None, train, ())), [TEXT], scale=scale)
+        except SeqloomError as error:
+            assert str(error) and "\n" not in str(error)
+
+    check_one()
+
+
+def _named(found: Translation) -> Translation:
+    named = by_name("mixtral" if found.plan.expert > 1 else "llama2-7b")
+    assert named is not None
+    return replace(found, model=found.model or named[1])
