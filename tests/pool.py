@@ -26,6 +26,9 @@ from seqloom.errors import WorkerError
 from seqloom.fabric.local import Cause, Failure, root_first
 
 SIZE = 8
+MOST_THREADS = 120
+"""Of a worker. torch's caches of DTensor keep meshes, and these groups, whose threads look for messages every 10 ms."""
+
 PRELOADED = ["transformers.modeling_utils", "transformers.models.llama.modeling_llama", "hypothesis", "pool"]
 
 
@@ -61,6 +64,8 @@ class Pool:
         Workers that hang or died are replaced.
         """
         assert 1 <= world <= SIZE, f"the pool has {SIZE} workers, not {world}"
+        if any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in self._workers):
+            self.close()
         if not self._workers:
             self._start()
         self._calls += 1
