@@ -4,6 +4,7 @@ import ast
 from dataclasses import fields
 from itertools import permutations
 from math import prod
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -321,3 +322,12 @@ def test_a_plan_of_impossible_size_is_refused_at_once() -> None:
     """Catches degrees whose product no search for a nearest plan would ever end on."""
     with pytest.raises(PlanError, match="the most is 65,536"):
         Plan(ring=65_536, ulysses=4_096)
+
+
+def test_the_page_of_plans_has_every_field() -> None:
+    """Catches a field that the page leaves out or still has, and a default that it tells wrongly."""
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    table = page.partition("| field | default |")[2].partition("\n\n")[0].splitlines()[2:]
+    told = [[cell.strip(" `") for cell in line.split("|")[1:3]] for line in table]
+    defaults = [(field.name, "none" if field.default is None else str(field.default)) for field in fields(Plan)]
+    assert [(name, default) for name, default in told] == [(name, default.lower()) for name, default in defaults]
