@@ -66,7 +66,8 @@ class Drawing:
         light = "".join(f".r{rank} {{ fill: hsl({hue} 70% 82%) }}\n" for rank, hue in enumerate(HUES))
         dark = "".join(f".r{rank} {{ fill: hsl({hue} 45% 32%) }}\n" for rank, hue in enumerate(HUES))
         return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height + 6:g}" role="img">\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{self.height + 6:g}" '
+            f'viewBox="0 0 {WIDTH} {self.height + 6:g}" role="img">\n'
             f"<title>{self.title}</title>\n"
             f"<style>{STYLE}{light}@media (prefers-color-scheme: dark) {{{DARK}{dark}}}</style>\n"
             f"{ARROW}\n" + "\n".join(self.parts) + "\n</svg>\n"
