@@ -9,6 +9,7 @@ import pytest
 
 from cli.conftest import Cli, refused
 from pool import Pool
+from seqloom.cli.foreign import read
 from seqloom.train import load_config
 from train.runs import metrics, write_text
 
@@ -60,6 +61,21 @@ def test_resuming(cli: Cli, tmp_path: Path) -> None:
     assert cli(*words, "--", FLAGS)[0] == 0
     code, out, err = cli(*words, "--resume", "--", FLAGS)
     assert (code, err) == (0, "") and "All 2 steps were taken already" in out
+
+
+def test_options_of_translating() -> None:
+    """Catches an option of `translate` that `train --from` takes and does not hand on."""
+
+    def plan(flags: str, **options: Any) -> str:
+        words = [flags, "data.files=[text.txt]"]
+        asked = {"scale": None, "world": None, "version": None, "keep_order": False} | options
+        return str(read("megatron", words, **asked).config.plan)
+
+    unnamed = FLAGS.replace("--context-parallel-algo megatron_cp_algo", "")
+    assert plan(unnamed) == "ulysses=4" and plan(unnamed, version="core_r0.12.1") == "ring=4"
+    assert plan(FLAGS, world=8) == "data=2 ring=4" and plan(FLAGS, world=64, scale="tiny") == "data=2 ring=4"
+    ordered = f"{FLAGS} --pipeline-model-parallel-size 2 --use-tp-pp-dp-mapping --global-batch-size 16"
+    assert plan(ordered, world=16, keep_order=True).endswith("order=tensor-ulysses-ring-pipeline-data")
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,9 @@ def test_overrides_win() -> None:
     assert (
         made("mindformers", YAML, "train.steps=1", "train.batch=6", "train.micro_batch=3").config.train.accumulate == 2
     )
+    flags = f"{FLAGS}--seq-length 64 --train-iters 9 --lr 1 --min-lr 0.5 --fp16 --initial-loss-scale 4096"
+    train = made("megatron", flags, "train.schedule=constant", "train.precision=bf16").config.train
+    assert (train.schedule, train.precision) == ("constant", "bf16"), "what only others have goes with them"
     with pytest.raises(ConfigError, match=r"train\.stepz is not a setting"):
         made("mindformers", YAML, "train.steps=1", "train.stepz=2")
 

@@ -1,6 +1,6 @@
 """Another system's schedule in the words of `train`: its units, its counting and its defaults."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
@@ -26,12 +26,12 @@ _PLAIN = {"weight_decay": "weight_decay", "epsilon": "epsilon", "initial_loss_sc
 class Schedule:
     """What settings say of the schedule, under the names of `Translation.train`'s, and what they leave unsaid.
 
-    own: keys of `train` that the user sets; nothing is made or refused of them. Notes go to the ledger, under the
-    names of `train`'s keys.
+    own: keys of `train` that the user sets, with their values; nothing is made or refused of them. Notes go to the
+    ledger, under the names of `train`'s keys.
     """
 
     def __init__(
-        self, ledger: Ledger, said: Mapping[str, Any], unsaid: Mapping[str, Any], own: Collection[str]
+        self, ledger: Ledger, said: Mapping[str, Any], unsaid: Mapping[str, Any], own: Mapping[str, Any]
     ) -> None:
         self.ledger, self.said, self.unsaid, self.own = ledger, said, unsaid, own
 
@@ -87,7 +87,7 @@ class Schedule:
     def keys(self, steps: int, batches: Batches, length: int | None) -> dict[str, Any]:
         """The keys of `train` but for its steps and batches; `steps`: of the whole run."""
         found: dict[str, Any] = self._rate() | self._optimizer()
-        style = found.get("schedule", "cosine")
+        style = self.own.get("schedule", found.get("schedule", "cosine"))
         by_samples = self._by_samples(length)
         unit, total = ("samples", batches.consumed(steps)) if by_samples else ("steps", steps)
         end = self.in_samples("decay_", length) if by_samples else self.count("decay_steps")
@@ -151,7 +151,8 @@ class Schedule:
                 self._note("train.schedule", "changed", "A polynomial of power 1, its default, is linear.", style)
         else:
             self._note("train.schedule", "changed", "Not read from these settings: seqloom's default, cosine.", None)
-        if floor is not None and found.get("schedule") != "constant" and rate:
+        constant = self.own.get("schedule", found.get("schedule")) == "constant"
+        if floor is not None and not constant and rate:
             if floor > rate:
                 self._refuse(
                     "final_learning_rate_share",

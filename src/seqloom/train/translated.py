@@ -141,7 +141,7 @@ class _Run:
         batch = self._batch()
         rampup = batch.pop("rampup", None)
         batches = Batches(batch["batch"], rampup)
-        schedule = Schedule(self.ledger, said.get("schedule") or {}, UNSAID[self.dialect], own.keys())
+        schedule = Schedule(self.ledger, said.get("schedule") or {}, UNSAID[self.dialect], own)
         theirs = schedule.steps(batches, said.get("sequence_length") or length)
         mine = own["steps"] if type(own.get("steps")) is int and own["steps"] > 0 else None
         steps = mine or (min(theirs or _STEPS, _STEPS) if self.tiny else theirs)
@@ -157,7 +157,7 @@ class _Run:
             self.ledger.note("train.steps", "changed", f"{steps:,}, {where}.", value=theirs)
         found = schedule.keys(theirs or steps, batches, said.get("sequence_length") or length)
         found |= {"steps": steps, "precision": said.get("precision") or "float32"}
-        self._scales(found)
+        self._scales(found, own.get("precision", found["precision"]))
         if self.tiny:
             small, ramp = self._few(plan, batch, rampup, steps)
             self._shorten(found, theirs, steps, batches, Batches(small["batch"], ramp))
@@ -185,10 +185,10 @@ class _Run:
                 self.ledger.note("train.rampup", "no effect", "It starts at the full batch, so nothing grows.")
         return found
 
-    def _scales(self, found: dict[str, Any]) -> None:
+    def _scales(self, found: dict[str, Any], precision: Any) -> None:
         """Leave out what only fp16 has."""
         for key in ("initial_loss_scale", "loss_scale_window"):
-            if found["precision"] != "fp16" and found.pop(key, None) is not None:
+            if precision != "fp16" and found.pop(key, None) is not None:
                 self.ledger.note(f"train.{key}", "no effect", "Only train.precision=fp16 scales losses.")
 
     def _few(
