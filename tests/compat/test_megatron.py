@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -341,6 +342,45 @@ def test_a_weight_may_be_handed_in(pool: Pool) -> None:
         assert_close(mine, part(whole, -1, rank, 2), tolerance=1e-12)
         assert bias is not None and bias.shape == (2,)
         assert refused == "The weight is None, but this rank's part is (2, 3); hand it to forward as `weight`."
+
+
+def less_usual() -> dict[str, Any]:
+    """Settings that few use, each on this rank of two."""
+    with groups(2) as (rank, _):
+        # As Megatron-LM's own class, with settings that these linears do not read.
+        config = SimpleNamespace(
+            sequence_parallel=False,
+            params_dtype=torch.float64,
+            perform_initialization=True,
+            use_cpu_initialization=True,
+            gradient_accumulation_fusion=False,
+            timers=object(),
+        )
+        group = parallel_state.get_tensor_model_parallel_group()
+        given: dict[str, Any] = {"config": config, "init_method": drawn(1), "tp_group": group, "bias": False}
+        kept = megatron.ColumnParallelLinear(3, 4, disable_grad_reduce=True, tp_comm_buffer_name="fc1", **given)
+        x = noise((5, BATCH, 3), 2).requires_grad_()
+        kept(x)[0].backward(part(noise((5, BATCH, 4), 3), -1, rank, 2))
+
+        config.perform_initialization = False
+        given["init_method"] = None
+        megatron.ColumnParallelLinear(3, 4, **given)
+        lower = megatron.ModelParallelConfig(sequence_parallel=True)
+        half = megatron.ColumnParallelLinear(3, 4, config=lower, init_method=drawn(1), skip_bias_add=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = half(noise((3, BATCH, 3), 4).float())[0]
+        out.float().sum().backward()
+        assert x.grad is not None and half.weight.grad is not None
+        return {"gradient": x.grad, "types": (out.dtype, half.weight.grad.dtype)}
+
+
+def test_less_usual_settings(pool: Pool) -> None:
+    """Catches a gradient summed although it was to be left, a group or a foreign config ignored, autocast ignored."""
+    for rank, found in enumerate(pool.run(2, less_usual)):
+        cotangent, weight = noise((5, BATCH, 4), 3), noise((4, 3), 1)
+        own = part(cotangent, -1, rank, 2) @ part(weight, 0, rank, 2)
+        assert_close(found["gradient"], own, tolerance=1e-12)
+        assert found["types"] == (torch.bfloat16, torch.float32)
 
 
 X, W = torch.ones(2, 1, 3), torch.ones(3, 3)
