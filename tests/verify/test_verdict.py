@@ -15,7 +15,7 @@ from torch import nn
 from pool import Pool
 from seqloom.errors import SeqloomError
 from seqloom.geometry import Mask
-from seqloom.model import Float64Islands, sum_gradients, token_loss
+from seqloom.model import Float64Islands, pipeline, sum_gradients, token_loss
 from seqloom.plan import Plan, fit, read_config
 from seqloom.sequence import Batch
 from seqloom.train import step
@@ -65,7 +65,7 @@ def doubled(model: nn.Module) -> None:
 
 def scaled_loss(factor: float) -> Any:
     """A loss off by a factor, as when ranks average what they should sum."""
-    return patch.object(step, "token_loss", lambda *args, **kwargs: token_loss(*args, **kwargs) * factor)
+    return patch.object(pipeline, "token_loss", lambda *args, **kwargs: token_loss(*args, **kwargs) * factor)
 
 
 def unsummed(model: nn.Module, fabric: Any) -> None:
@@ -253,4 +253,4 @@ def test_islands_are_lifted_and_left_behind() -> None:
 
 def test_patches_hit_what_they_mean_to() -> None:
     """Catches mistakes above that patch a name nobody reads any more."""
-    assert step.sum_gradients is sum_gradients and step.token_loss is token_loss
+    assert step.sum_gradients is sum_gradients and pipeline.token_loss is token_loss

@@ -23,7 +23,7 @@ from seqloom.fabric import Fabric
 from seqloom.fabric.pipeline import run_stages
 from seqloom.model.balance import Tally, is_balanced, tallied_loss, tally, tally_elements
 from seqloom.model.families import layers
-from seqloom.model.loss import base_outputs, head_loss
+from seqloom.model.loss import base_outputs, head_loss, token_loss
 from seqloom.model.zero import inside
 from seqloom.plan import Plan, chunks, stages_of
 from seqloom.sequence import LocalBatch, SequenceShard
@@ -227,6 +227,48 @@ def _message(
     return torch.empty(most, dtype=model._passed, device="meta")
 
 
+def step_loss(
+    model: PreTrainedModel,
+    given: Iterable[tuple[LocalBatch, SequenceShard]],
+    fabric: Fabric,
+    *,
+    total: int,
+    sequences: int,
+    chunk_tokens: int,
+    computing: Computing,
+    scale: float = 1.0,
+    backward: bool = True,
+) -> Tensor:
+    """Run micro-batches forward and, unless told otherwise, backward, through stages where the plan has them.
+
+    given: this rank's part of each micro-batch; without a pipeline each is taken when it is its turn. total,
+    sequences: label tokens and sequences of the step, as `token_loss` takes them. scale: what losses are multiplied by
+    for backward. computing: makes the context of forward passes. Gradients are added up where backward leaves them.
+    Every rank calls it together. Returns this rank's share of the mean loss, [], float64, in nats, without a graph;
+    the shares of all ranks sum to it.
+    """
+    if fabric.pipeline.size > 1:
+        return pipeline_loss(
+            model,
+            list(given),
+            fabric,
+            total=total,
+            sequences=sequences,
+            chunk_tokens=chunk_tokens,
+            computing=computing,
+            scale=scale,
+            backward=backward,
+        )
+    share = torch.zeros((), dtype=torch.float64, device=fabric.device)
+    for local, shard in given:
+        with computing():
+            loss = token_loss(model, local, shard, total=total, sequences=sequences, chunk_tokens=chunk_tokens)
+        if backward:
+            (loss * scale if scale != 1 else loss).backward()
+        share += loss.detach()
+    return share
+
+
 def pipeline_loss(
     model: PreTrainedModel,
     given: Sequence[tuple[LocalBatch, SequenceShard]],
@@ -242,9 +284,9 @@ def pipeline_loss(
     """Run micro-batches through all stages, forward and backward; every rank calls it together.
 
     given: this rank's part of each micro-batch. total, sequences: label tokens and sequences of the step, as
-    `token_loss` takes them. scale: what losses are multiplied by
-    for backward. Gradients are added up where backward leaves them. Returns this rank's share of the mean loss, in
-    nats, without a graph; the shares of all ranks sum to it, and but for the last stage they are 0.
+    `token_loss` takes them. scale: what losses are multiplied by for backward. Gradients are added up where backward
+    leaves them. Returns this rank's share of the mean loss, in nats, without a graph; the shares of all ranks sum to
+    it, and but for the last stage they are 0.
     """
     plan, last = fabric.plan, fabric.plan.num_stages - 1
     hidden, width = plan.tensor_grid.outer.hidden, model.config.hidden_size

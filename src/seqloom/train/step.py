@@ -18,9 +18,8 @@ from seqloom.model import (
     gradient,
     hand_over,
     layer_windows,
-    pipeline_loss,
+    step_loss,
     sum_gradients,
-    token_loss,
 )
 from seqloom.sequence import Batch, shard_batch
 from seqloom.tensor import local
@@ -69,28 +68,18 @@ def compute_gradients(
     """
     total = sum(batch.label_count for batch in micro_batches)
     sequences = sum(len(batch.tokens) for batch in micro_batches)
-    share = torch.zeros((), dtype=torch.float64, device=fabric.device)
     clear_gradients(model)
     windows = layer_windows(model)
-    context = partial(computing, precision, fabric.device)
-    parts = (shard_batch(batch, fabric, windows=windows) for batch in micro_batches)
-    if fabric.pipeline.size > 1:
-        given = list(parts)
-        share += pipeline_loss(
-            model,
-            given,
-            fabric,
-            total=total,
-            sequences=sequences,
-            chunk_tokens=chunk_tokens,
-            computing=context,
-            scale=loss_scale,
-        )
-    for mine, shard in parts:
-        with context():
-            loss = token_loss(model, mine, shard, total=total, sequences=sequences, chunk_tokens=chunk_tokens)
-        (loss * loss_scale if loss_scale != 1 else loss).backward()
-        share += loss.detach()
+    share = step_loss(
+        model,
+        (shard_batch(batch, fabric, windows=windows) for batch in micro_batches),
+        fabric,
+        total=total,
+        sequences=sequences,
+        chunk_tokens=chunk_tokens,
+        computing=partial(computing, precision, fabric.device),
+        scale=loss_scale,
+    )
     sum_gradients(model, fabric)
     for found in gradients(model) if loss_scale != 1 else ():
         local(found).mul_(1 / loss_scale)
