@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,7 @@ from seqloom.model import Float64Islands, build_model, parallelize
 from seqloom.plan import Plan, read_config
 from seqloom.train import StepReport, compute_gradients, load_config, prepare
 from seqloom.train.checkpoint import newest, read_progress
-from seqloom.train.evaluate import evaluate
+from seqloom.train.evaluate import HeldOut, evaluate
 from seqloom.train.finite import check_finite
 from seqloom.train.packing import PackedText
 from seqloom.train.scale import LossScale
@@ -65,6 +66,24 @@ def test_evaluation_is_the_same_under_every_plan(pool: Pool, tmp_path: Path) -> 
         assert evaluation(pool, tmp_path, plan) == pytest.approx(alone, rel=1e-12, abs=0)
 
 
+def test_the_best_of_other_text_is_not_compared() -> None:
+    """Catches a best that an evaluation of other text, longer sequences or more of them can never beat, or beats."""
+
+    def held_out(sequences: int = 3, length: int = 16, end: int = 9) -> HeldOut:
+        return HeldOut(PackedText.pack([np.arange(80) % 7], end_id=end, sequence_length=length), sequences)
+
+    first = held_out()
+    for step, loss in enumerate((2.0, 1.5, 1.75), 1):
+        first.see(loss, step)
+    same = held_out()
+    assert same.take_up(first.running()) is None and (same.loss, same.step) == (1.5, 2)
+    for other in (held_out(sequences=2), held_out(length=20), held_out(end=8)):
+        assert "was 1.500 after step 2, of other text" in str(other.take_up(first.running())) and other.running() == {}
+        other.see(1.75, 4)
+        assert other.step == 4
+    assert held_out().take_up({"loss_scale": 2.0}) is None
+
+
 def evaluated(plan: Plan) -> float:
     """The loss of a fresh float64 model on a small text."""
     with Float64Islands():
@@ -98,7 +117,9 @@ def test_evaluation_is_transformers_loss(pool: Pool, tmp_path: Path) -> None:
     expected = torch.nn.functional.cross_entropy(logits.double(), tokens[1:321])
     assert last == pytest.approx(expected.item(), rel=1e-5)
     progress = read_progress(newest(tmp_path / "ring=2" / "checkpoints"))
-    assert progress.running == {"best_loss": last, "best_step": 2}
+    assert progress.running.items() >= {
+        "best_loss": last, "best_step": 2, "best_sequence_length": 64, "best_sequences": 5
+    }.items()  # fmt: skip
 
 
 def test_loss_scale_by_hand() -> None:
@@ -147,15 +168,15 @@ def test_float16_skips_what_overflows_and_goes_on(pool: Pool, tmp_path: Path) ->
     assert metrics(tmp_path / "parts") == lines
 
 
-def poisoned(plan: Plan, name: str, rank: int) -> str:
-    """What one rank's gradient that is not a number leads to, on every rank."""
+def poisoned(plan: Plan, spoilt: dict[int, list[str]]) -> str:
+    """What gradients that are not numbers lead to, on every rank; spoilt: their names, by the rank that has them."""
     fabric = Fabric.build(plan)
     model = parallelize(build_model(read_config("llama"), seed=3), fabric)
     compute_gradients(model, cut(whole_batch(), 2), fabric, precision="float32", chunk_tokens=64)
     for known, parameter in model.named_parameters():
-        if known == name and fabric.rank == rank:
+        if known in spoilt.get(fabric.rank, ()):
             part: Any = parameter.grad
-            (part.to_local() if hasattr(part, "to_local") else part).view(-1)[0] = float("nan")
+            (part.to_local() if hasattr(part, "to_local") else part)[(0,) * part.ndim] = float("nan")
     with pytest.raises(NumericsError) as caught:
         check_finite(model, StepReport(2.0, float("nan"), 4), fabric, step=7)
     return str(caught.value)
@@ -165,8 +186,8 @@ def poisoned(plan: Plan, name: str, rank: int) -> str:
 def test_what_is_not_finite_is_named(pool: Pool, plan: str) -> None:
     """Catches a name that only the rank with the bad part knows, and a later parameter in place of the first."""
     found = Plan.parse(plan)
-    name = "model.layers.1.mlp.up_proj.weight"
-    said = pool.run(found.world_size, poisoned, found, name, found.world_size - 1)
+    name, later, last = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+    said = pool.run(found.world_size, poisoned, found, {0: [last], found.world_size - 1: [name, later, last]})
     assert len(set(said)) == 1
     assert said[0].startswith(
         f"At step 7 the loss is 2.0 and the gradient norm nan: the gradient of {name} is the first that is not finite. "

@@ -1,7 +1,7 @@
 """The loss on text that is not trained on, the same number under every plan."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -9,10 +9,54 @@ from transformers import PreTrainedModel
 
 from seqloom.errors import DataError
 from seqloom.fabric import Fabric, all_reduce_
-from seqloom.model import layer_windows, pipeline_loss, token_loss
+from seqloom.model import layer_windows, step_loss
 from seqloom.sequence import NO_LABEL, Batch, shard_batch
 from seqloom.train.packing import PackedText
 from seqloom.train.step import computing
+
+
+@dataclass
+class HeldOut:
+    """Text that is not trained on, and the lowest loss on it so far.
+
+    sequences: how many of its sequences are taken, from the start. loss, step: the lowest loss, in nats, and after
+    how many steps; None and 0 before the first.
+    """
+
+    text: PackedText
+    sequences: int
+    loss: float | None = None
+    step: int = 0
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """What losses are measured on; those of other text, lengths or sequences are not compared."""
+        return {
+            "best_text": self.text.fingerprint,
+            "best_sequence_length": self.text.sequence_length,
+            "best_sequences": self.sequences,
+        }
+
+    def see(self, loss: float, step: int) -> None:
+        """Note a loss that was measured after a step."""
+        if self.loss is None or loss < self.loss:
+            self.loss, self.step = loss, step
+
+    def running(self) -> dict[str, float]:
+        """What a checkpoint says of it."""
+        return {} if self.loss is None else {"best_loss": self.loss, "best_step": self.step, **self.measured}
+
+    def take_up(self, said: Mapping[str, float]) -> str | None:
+        """Go on from what a checkpoint says; a note where its loss is not to be compared, and the best begins anew."""
+        if "best_loss" not in said:
+            return None
+        if any(said.get(key) != value for key, value in self.measured.items()):
+            return (
+                f"The best evaluation was {said['best_loss']:.3f} after step {said['best_step']:.0f}, of other text or "
+                "lengths than are evaluated now, so the best begins anew."
+            )
+        self.loss, self.step = said["best_loss"], int(said["best_step"])
+        return None
 
 
 def evaluate(
@@ -42,22 +86,16 @@ def evaluate(
     try:
         with torch.no_grad():
             for batch in _batches(text, count, micro_batch):
-                mine, shard = shard_batch(batch, fabric, windows=windows)
-                if fabric.pipeline.size > 1:
-                    context = partial(computing, precision, fabric.device)
-                    share += pipeline_loss(
-                        model,
-                        [(mine, shard)],
-                        fabric,
-                        total=total,
-                        sequences=0,
-                        chunk_tokens=chunk_tokens,
-                        computing=context,
-                        backward=False,
-                    )
-                    continue
-                with computing(precision, fabric.device):
-                    share += token_loss(model, mine, shard, total=total, sequences=0, chunk_tokens=chunk_tokens)
+                share += step_loss(
+                    model,
+                    [shard_batch(batch, fabric, windows=windows)],
+                    fabric,
+                    total=total,
+                    sequences=0,
+                    chunk_tokens=chunk_tokens,
+                    computing=partial(computing, precision, fabric.device),
+                    backward=False,
+                )
     finally:
         model.train(training)
     return all_reduce_(share, fabric.world).item()

@@ -24,10 +24,10 @@ from seqloom.model import (
 )
 from seqloom.sequence import Batch
 from seqloom.train.checkpoint import Progress, load, newest, read_progress
-from seqloom.train.config import Config, EvalConfig, RunConfig
+from seqloom.train.config import Config
 from seqloom.train.curriculum import Stretch, stretches
 from seqloom.train.data import load_text
-from seqloom.train.evaluate import evaluate
+from seqloom.train.evaluate import HeldOut, evaluate
 from seqloom.train.finite import check_finite
 from seqloom.train.method import TrainConfig
 from seqloom.train.optimizer import adamw
@@ -73,16 +73,15 @@ def train(config: Config, resume: bool, stretch: Stretch | None = None) -> Summa
     settings = config.model.settings()
     tokenizer = load_tokenizer(config.data.tokenizer, model_vocab=settings["vocab_size"])
     text = load_text(config.data, tokenizer)
-    held_out = load_text(config.eval.as_data(config.data), tokenizer) if config.eval is not None else None
+    held_out = _held_out(config, tokenizer)
     weights, exact = weights_folder(config.model.path), config.train.precision == "float64"
     with Float64Islands() if exact else nullcontext():
         dtype = torch.float64 if exact else torch.float32
         model = build_model(settings, weights=weights, dtype=dtype, seed=config.train.seed)
         model = parallelize(model, fabric, num_tokens=config.data.sequence_length)
         optimizer = _optimizer(model, config.train, fabric)
-        run = _Run(config, fabric, text, held_out, tokenizer, model, optimizer, LossScale(1.0), whole, stretch)
-        if config.train.precision == "fp16":
-            run.scale = LossScale(config.train.initial_loss_scale)
+        scale = LossScale(config.train.initial_loss_scale) if config.train.precision == "fp16" else None
+        run = _Run(whole, stretch, fabric, text, held_out, tokenizer, model, optimizer, scale)
         progress = _restore(config, text, model, optimizer, fabric) if resume else None
         if progress is not None:
             run.take_up(progress)
@@ -94,32 +93,39 @@ def train(config: Config, resume: bool, stretch: Stretch | None = None) -> Summa
 
 @dataclass
 class _Run:
-    """What a run holds while it goes on."""
+    """What a run holds while it goes on.
 
-    config: Config
+    whole: the settings of all its stretches. scale: None where losses are not scaled.
+    """
+
+    whole: Config
+    stretch: Stretch
     fabric: Fabric
     text: PackedText
-    held_out: PackedText | None
+    held_out: HeldOut | None
     tokenizer: Tokenizer
     model: PreTrainedModel
     optimizer: torch.optim.Optimizer
-    scale: LossScale
-    whole: Config
-    stretch: Stretch
-    best_loss: float | None = None
-    best_step: int = 0
+    scale: LossScale | None
+    note: str | None = None
+
+    @property
+    def config(self) -> Config:
+        """The settings of this stretch."""
+        return self.stretch.config
 
     def take_up(self, progress: Progress) -> None:
         """Go on with what the checkpoint says beside the weights."""
         said = progress.running
-        if self.config.train.precision == "fp16" and "loss_scale" in said:
+        if self.scale is not None and "loss_scale" in said:
             self.scale = LossScale(said["loss_scale"], int(said["finite_steps"]))
-        if self.held_out is not None and "best_loss" in said:
-            self.best_loss, self.best_step = said["best_loss"], int(said["best_step"])
+        if self.held_out is not None:
+            self.note = self.held_out.take_up(said)
 
     def go(self, done: int) -> Summary:
         """Take the steps from number `done` on."""
-        train, folder, leader = self.config.train, self.config.run.folder, self.fabric.rank == 0
+        config, held_out, leader = self.config, self.held_out, self.fabric.rank == 0
+        train, folder = config.train, config.run.folder
         losses, step = [], done
         with ExitStack() as stack:
             stop = stack.enter_context(StopRequest(speaks=leader))
@@ -134,15 +140,15 @@ class _Run:
             while step < self.stretch.until and not stopped:
                 line = self._step(step)
                 step = line.step
-                if self._due(step, self.config.eval) or (self.held_out is not None and step == train.steps):
-                    line = replace(line, evaluation_loss=self._evaluate(step))
+                if held_out is not None and (step == train.steps or _due(step, config.eval and config.eval.every)):
+                    line = replace(line, evaluation_loss=self._evaluate(held_out, step))
                 losses.append(line.loss)
                 if leader:
                     metrics.write(line)
                     display.show(line)
                 stopped = stop.agreed(self.fabric)
-                best = self.best_loss is not None and self.best_step == step
-                if best or stopped or step == self.stretch.until or self._due(step, self.config.run):
+                best = held_out is not None and held_out.step == step
+                if best or stopped or step == self.stretch.until or _due(step, config.run.save_every):
                     saves.save(self._progress(step), self.model, self.optimizer, best=best)
                 saves.check()
         if step == train.steps:
@@ -162,29 +168,23 @@ class _Run:
             folder,
         )
 
-    def _due(self, step: int, section: RunConfig | EvalConfig | None) -> bool:
-        every = section.save_every if isinstance(section, RunConfig) else section and section.every
-        return every is not None and step % every == 0
-
-    def _evaluate(self, step: int) -> float:
+    def _evaluate(self, held_out: HeldOut, step: int) -> float:
         """The loss on the held-out text, the best so far noted."""
         train = self.config.train
-        assert self.config.eval is not None and self.held_out is not None
         loss = evaluate(
             self.model,
-            self.held_out,
+            held_out.text,
             self.fabric,
-            sequences=self.config.eval.sequences,
+            sequences=held_out.sequences,
             micro_batch=train.micro_batch,
             precision=train.precision,
             chunk_tokens=train.loss_chunk,
         )
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step = loss, step
+        held_out.see(loss, step)
         return loss
 
     def _step(self, step: int) -> Metrics:
-        train, started = self.config.train, perf_counter()
+        train, scale, started = self.config.train, self.scale, perf_counter()
         self.fabric.meter.reset()
         rate = learning_rate(train, step)
         for group in self.optimizer.param_groups:
@@ -195,15 +195,15 @@ class _Run:
             self.fabric,
             precision=train.precision,
             chunk_tokens=train.loss_chunk,
-            loss_scale=self.scale.value,
+            loss_scale=1.0 if scale is None else scale.value,
         )
-        scale, skipped = self.scale, train.precision == "fp16" and self.scale.overflowed(report)
+        skipped = scale is not None and scale.overflowed(report)
         if skipped:
             clear_gradients(self.model)  # a checkpoint is not to meet them
         else:
             check_finite(self.model, report, self.fabric, step=step + 1)
             apply_gradients(self.model, self.optimizer, report, clip=train.clip)
-        if train.precision == "fp16":
+        if scale is not None:
             self.scale = scale.after(report, train.loss_scale_window)
         seconds = perf_counter() - started
         return Metrics(
@@ -215,7 +215,7 @@ class _Run:
             seconds=seconds,
             tokens_per_second=train.batches.at(step)[1] * self.config.data.sequence_length / seconds,
             sent_bytes=self.fabric.meter.sent,
-            loss_scale=scale.value if train.precision == "fp16" else None,
+            loss_scale=None if scale is None else scale.value,
         )
 
     def _batches(self, step: int) -> list[Batch]:
@@ -236,10 +236,10 @@ class _Run:
 
     def _progress(self, step: int) -> Progress:
         running: dict[str, float] = {}
-        if self.config.train.precision == "fp16":
+        if self.scale is not None:
             running |= {"loss_scale": self.scale.value, "finite_steps": self.scale.finite_steps}
-        if self.best_loss is not None:
-            running |= {"best_loss": self.best_loss, "best_step": self.best_step}
+        if self.held_out is not None:
+            running |= self.held_out.running()
         return Progress(step=step, text=self.text.fingerprint, config=run_settings(self.whole), running=running)
 
     def _introduce(self, folder: Path, display: Display) -> None:
@@ -270,7 +270,7 @@ class _Run:
             "versions": {"seqloom": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         }
         (folder / "run.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-        for note in text.notes:
+        for note in (*text.notes, *filter(None, [self.note])):
             display.say(note)
         display.say(
             f"{type(whole).__name__} of {parameters:,} parameters, plan '{config.plan}' on "
@@ -281,6 +281,17 @@ class _Run:
             f"Guessing each token from how often it occurs would cost {text.unigram_entropy:.3f} nats "
             "(the text's unigram entropy)."
         )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _held_out(config: Config, tokenizer: Tokenizer) -> HeldOut | None:
+    if config.eval is None:
+        return None
+    text = load_text(config.eval.as_data(config.data), tokenizer)
+    return HeldOut(text, min(text.num_sequences, config.eval.sequences or text.num_sequences))
 
 
 def _optimizer(model: PreTrainedModel, train: TrainConfig, fabric: Fabric) -> torch.optim.Optimizer:
