@@ -57,11 +57,12 @@ def test_stages_equal_one_device(pool: Pool, world: int, cases: dict[str, Case])
         assert verdict.equal and worst < 1e-11, (name, verdict)
 
 
-def sent(text: str, micro_batches: int) -> list[dict[str, int]]:
+def sent(text: str, micro_batches: int, family: str = "llama") -> list[dict[str, int]]:
     """Bytes that this rank sent along the pipeline in two steps of unlike lengths."""
     plan = Plan.parse(text)
     fabric = Fabric.build(plan)
-    model = parallelize(build_model(fit(read_config("llama"), plan, 64), dtype=torch.float64), fabric)
+    config = {**fit(read_config(family), plan, 64), "output_router_logits": family == "mixtral"}
+    model = parallelize(build_model(config, dtype=torch.float64), fabric)
     found = []
     for tokens in (64, 32):
         rows = [Batch.from_tokens(torch.full((2, tokens), number)) for number in range(micro_batches)]
@@ -79,6 +80,13 @@ def test_each_rank_sends_its_own_block(pool: Pool, text: str) -> None:
             # Of each of 3 micro-batches this rank's half of 2 rows of 32 channels in float64: activations of the
             # first stage's ranks, gradients of the last one's.
             assert said["pipeline"] == 3 * 2 * tokens // 2 * 32 * 8, rank
+
+
+def test_the_balance_of_experts_travels_along(pool: Pool) -> None:
+    """Catches router logits sent on instead of their sums: 4 probabilities, 4 counts and the tokens of each row."""
+    for rank, steps in enumerate(pool.run(4, sent, "ring=2 pipeline=2", 3, "mixtral")):
+        for tokens, said in zip((64, 32), steps, strict=True):
+            assert said["pipeline"] == 3 * 2 * (tokens // 2 * 32 + 2 * 4 + 1) * 8, rank
 
 
 def held(text: str) -> tuple[list[str], list[str], dict[str, torch.Size]]:
