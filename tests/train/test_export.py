@@ -1,5 +1,6 @@
 """Checkpoints as ordinary weights, saving beside the training, and the best one."""
 
+import json
 import os
 import shutil
 import signal
@@ -68,6 +69,12 @@ def test_what_cannot_be_exported_is_refused(finished: Finished, tmp_path: Path) 
         CheckpointError, match=r"is not a whole checkpoint: progress\.json is missing .* move that folder"
     ):
         export(tmp_path / "step-000004", tmp_path / "out")
+    other = shutil.copytree(finished.folder / "checkpoints" / "step-000004", tmp_path / "other" / "step-000004")
+    progress = json.loads((other / "progress.json").read_text())
+    progress["config"]["model"]["intermediate_size"] += 8
+    (other / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(CheckpointError, match=r"another model than its settings say: model\.layers\.0\.mlp\.down_proj"):
+        export(other, tmp_path / "out")
     assert export(finished.folder / "checkpoints" / "step-000004", tmp_path / "out")[0] == 4
 
 

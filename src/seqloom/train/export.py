@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seqloom.errors import CheckpointError, SeqloomError
-from seqloom.model import build_model, tied_names, without_progress_bars
+from seqloom.model import outline, tied_names, without_progress_bars
 from seqloom.train.boxes import whole
 from seqloom.train.checkpoint import best, newest, read, read_progress, written_entries
 from seqloom.train.prepare import CHECKPOINTS
@@ -31,17 +31,17 @@ def export(source: Path, out: Path, *, marked: bool = False) -> tuple[int, tuple
     state: dict[str, Tensor] = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in written.items()}
     read(path, {f"{MODEL}{name}": whole(tensor) for name, tensor in state.items()}, alone=True)
     # Weights that are tied stand in the checkpoint once, and the model knows which.
-    model = build_model(progress.config["model"], dtype=next(iter(state.values())).dtype)
-    state |= {name: state[first] for name, first in tied_names(model).items()}
-    missing = sorted(model.state_dict().keys() ^ state.keys())
-    if missing:
+    model = outline(progress.config["model"]).to(next(iter(state.values())).dtype)
+    state |= {name: state[first] for name, first in tied_names(model).items() if first in state}
+    found, expected = ({name: tensor.shape for name, tensor in held.items()} for held in (state, model.state_dict()))
+    differing = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if differing:
         raise CheckpointError(
-            f"{path} is of another model than its settings say: {missing[0]} is in one of them alone "
-            f"({len(missing)} in all); export it with the versions that wrote it."
+            f"{path} is of another model than its settings say: {differing[0]} is in one of them alone, or of another "
+            f"shape ({len(differing)} in all); export it with the versions that wrote it."
         )
-    model.load_state_dict(state)
     with without_progress_bars():
-        model.save_pretrained(out)
+        model.save_pretrained(out, state_dict=state)
     return progress.step, _save_tokenizer(progress.config["data"]["tokenizer"], model.config.vocab_size, out)
 
 
