@@ -1,5 +1,6 @@
 """Layers under Colossal-AI's names: split over each tensor mode they are the layers of one device."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,8 +82,12 @@ def inputs() -> tuple[Tensor, Tensor]:
     )
 
 
-def trained(tensor: Config, dropout: float) -> tuple[Tensor, dict[str, tuple[Any, Tensor]]]:
-    """This rank's output of the second of two passes, and each gradient with its place in the whole."""
+Part = tuple[Tensor, Tensor, dict[str, tuple[Any, Tensor]]]
+
+
+def trained(tensor: Config, dropout: float) -> Part:
+    """This rank's output of the second of two passes, the numbers of its elements in the whole, and each gradient
+    with its place."""
     colossalai.launch(config={"parallel": {"pipeline": 1, "tensor": tensor}}, seed=7)
     try:
         model = Layers(col_nn, dropout)
@@ -90,7 +95,9 @@ def trained(tensor: Config, dropout: float) -> tuple[Tensor, dict[str, tuple[Any
         model(ids, cut(x, tensor["mode"]))
         out = model(ids, cut(x, tensor["mode"]))
         out.square().sum().backward()
-        return out.detach(), {name: (parameter.slot, parameter.grad) for name, parameter in model.named_parameters()}
+        numbers = torch.arange(x.numel(), dtype=torch.float64).view(x.shape)
+        found = {name: (parameter.slot, parameter.grad) for name, parameter in model.named_parameters()}
+        return out.detach(), cut(numbers, tensor["mode"]).long(), found
     finally:
         PROCESS.leave()
 
@@ -103,18 +110,9 @@ def on_one_device() -> tuple[Tensor, dict[str, Tensor]]:
     return out.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def places(tensor: Config) -> list[Tensor]:
-    """For each rank the numbers of the elements of the output that it holds."""
-    numbers = torch.arange(ROWS * LENGTH * DIM, dtype=torch.float64).view(ROWS, LENGTH, DIM)
-    colossalai.launch(config={"parallel": {"pipeline": 1, "tensor": tensor}})
-    found = cut(numbers, tensor["mode"]).long()
-    PROCESS.leave()
-    return [found]
-
-
-def assembled(parts: list[Tensor], held: list[Tensor]) -> Tensor:
+def assembled(parts: list[Part]) -> Tensor:
     whole = torch.full((ROWS * LENGTH * DIM,), float("nan"), dtype=torch.float64)
-    for part, numbers in zip(parts, held, strict=True):
+    for part, numbers, _ in parts:
         whole[numbers.flatten()] = part.flatten()
     return whole.view(ROWS, LENGTH, DIM)
 
@@ -123,11 +121,10 @@ def assembled(parts: list[Tensor], held: list[Tensor]) -> Tensor:
 def test_layers_of_each_mode_are_those_of_one_device(pool: Pool, tensor: Config) -> None:
     """Catches a direction that does not alternate, a part at another place, and a gradient that lacks other rows."""
     world = tensor["size"]
-    held = [found[0] for found in pool.run(world, places, tensor)]
     found = pool.run(world, trained, tensor, 0.0)
     out, gradients = on_one_device()
-    assert_close(assembled([out for out, _ in found], held), out, tolerance=1e-12, ranks=world)
-    for _, mine in found:
+    assert_close(assembled(found), out, tolerance=1e-12, ranks=world)
+    for _, _, mine in found:
         for name, (slot, part) in mine.items():
             whole = gradients[name].mT if name in ("up.weight", "down.weight") else gradients[name]
             assert slot.shape == whole.shape
@@ -139,14 +136,69 @@ def test_layers_of_each_mode_are_those_of_one_device(pool: Pool, tensor: Config)
 def test_dropout_draws_what_one_device_draws(pool: Pool, tensor: Config) -> None:
     """Catches coins that depend on the mode, on the order in which 3d numbers its rows, or are the same each step."""
     world = tensor["size"]
-    held = [found[0] for found in pool.run(world, places, tensor)]
     found = pool.run(world, trained, tensor, 0.3)
-    ((out, _),) = pool.run(1, trained, {"size": 1, "mode": "1d"}, 0.3)
+    ((out, _, _),) = pool.run(1, trained, {"size": 1, "mode": "1d"}, 0.3)
     assert 0.2 < (out == 0).double().mean() < 0.4
-    assert_close(assembled([out for out, _ in found], held), out, tolerance=1e-12, ranks=world)
+    assert_close(assembled(found), out, tolerance=1e-12, ranks=world)
 
 
-def refusals() -> list[str]:
+CLASSES = 10
+
+
+def classified(tensor: Config) -> tuple[float, dict[str, tuple[Any, Tensor]]]:
+    """The loss of class scores, and the gradients; targets with rows left out, classes that ranks share unevenly."""
+    colossalai.launch(config={"parallel": {"pipeline": 1, "tensor": tensor}}, seed=7)
+    try:
+        layers = nn.ModuleList(
+            [
+                col_nn.Linear(DIM, 32, dtype=torch.float64, weight_initializer=filled),
+                col_nn.Linear(32, DIM, dtype=torch.float64),
+            ]
+        )
+        layers.append(col_nn.Classifier(DIM, CLASSES, dtype=torch.float64))
+        loss = col_nn.CrossEntropyLoss(label_smoothing=0.1)
+        ids, x = inputs()
+        own = col_nn.partition_batch(x)
+        assert own.shape[0] == cut(x, tensor["mode"]).shape[0]
+        hidden = layers[1](gelu(layers[0](cut(x, tensor["mode"]))))
+        found = loss(layers[2](hidden), targets(ids))
+        found.backward()
+        return found.item(), {name: (p.slot, p.grad) for name, p in layers.named_parameters()}
+    finally:
+        PROCESS.leave()
+
+
+def filled(weight: Tensor, *, fan_in: int, fan_out: int) -> None:
+    with torch.no_grad():
+        weight.copy_(torch.linspace(-1, 1, fan_in * fan_out, dtype=weight.dtype).view(fan_out, fan_in))
+
+
+def targets(ids: Tensor) -> Tensor:
+    return (ids % CLASSES).masked_fill(ids > 20, -100)
+
+
+@pytest.mark.parametrize("tensor", MODES[:2] + MODES[3:], ids=lambda tensor: tensor["mode"])
+def test_the_loss_of_class_scores_is_that_of_one_device(pool: Pool, tensor: Config) -> None:
+    """Catches a mean over this rank's rows, targets of other rows, and scores whose gradient is counted twice."""
+    world = tensor["size"]
+    torch.manual_seed(7)
+    layers = nn.ModuleList(nn.Linear(*sizes, dtype=torch.float64) for sizes in ((DIM, 32), (32, DIM), (DIM, CLASSES)))
+    filled(layers[0].weight, fan_in=DIM, fan_out=32)
+    ids, x = inputs()
+    scores = layers[2](layers[1](gelu(layers[0](x)))).flatten(0, 1)
+    loss = nn.functional.cross_entropy(scores, targets(ids).flatten(), label_smoothing=0.1)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in layers.named_parameters()}
+    for found, mine in pool.run(world, classified, tensor):
+        assert_close(found, loss.item(), tolerance=1e-12, ranks=world)
+        for name, (slot, part) in mine.items():
+            whole = gradients[name].mT if name.endswith("weight") else gradients[name]
+            there = tuple(slice(first, first + size) for first, size in zip(slot.offset, part.shape, strict=True))
+            if part.numel():
+                assert_close(part, whole[there], tolerance=1e-11, ranks=world)
+
+
+def refusals(file: str) -> list[str]:
     said = []
 
     def refused(kind: type[Exception], call: Any, *args: Any, **given: Any) -> None:
@@ -161,12 +213,23 @@ def refusals() -> list[str]:
     refused(ConfigError, colossalai.launch)
     refused(ConfigError, gpc.get_local_rank, ParallelMode.PARALLEL_2D_ROW)
     refused(ConfigError, col_nn.Linear, 3, 4)
+    refused(AttributeError, getattr, col_nn, "PatchEmbedding")
+    col_nn.Linear(4, 4)
+    refused(ConfigError, col_nn.Classifier, 4, 4)
+    PROCESS.leave()
+    colossalai.launch(file)
+    said.append(str(PROCESS.arranged.plan))
+    torch.distributed.barrier()
     PROCESS.leave()
     return said
 
 
-def test_what_cannot_be_is_refused_in_a_sentence(pool: Pool) -> None:
-    """Catches a layer split over groups that nobody made, or a traceback in place of the way out."""
-    found = pool.run(2, refusals)[0]
-    wanted = ["launch", "2d takes size = q x q", "twice", "CONFIG says 1d", "multiple of 2"]
+def test_what_cannot_be_is_refused_in_a_sentence(pool: Pool, tmp_path: Path) -> None:
+    """Catches layers split over groups that nobody made, a traceback for a way out, and a file that is run."""
+    file = tmp_path / "config.py"
+    file.write_text("import os\nos._exit(3)\nparallel = dict(pipeline=1, tensor=dict(size=2, mode='1d'))\n")
+    found = pool.run(2, refusals, str(file))[0]
+    wanted = ["launch", "2d takes size = q x q", "twice", "CONFIG says 1d", "multiple of 2", "no 'PatchEmbedding'"]
+    wanted += ["one of a pair is missing", "tensor=2 sequence_parallel=false"]
+    assert len(found) == len(wanted)
     assert all(word in sentence for word, sentence in zip(wanted, found, strict=True))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seqloom.compat.colossalai.state import PROCESS
 from seqloom.errors import ConfigError, DataError
-from seqloom.fabric import Fabric, broadcast_
+from seqloom.fabric import Axis, Fabric, broadcast_
 from seqloom.plan import Direction, chunks
 from seqloom.tensor import (
     ParallelDropout,
@@ -23,6 +23,7 @@ from seqloom.tensor import (
     ParallelLayerNorm,
     ParallelLinear,
     TensorGroup,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_region,
     scatter_to_sequence_parallel_region,
     split,
@@ -32,10 +33,26 @@ Initializer = Callable[..., Any]
 """Fills a tensor in place; called with fan_in= and fan_out= too."""
 
 
-def _group(fabric: Fabric) -> TensorGroup:
+def group_of(fabric: Fabric) -> TensorGroup:
     """The grid of the CONFIG, whose parameters are plain tensors of this rank's part."""
     grid = fabric.plan.tensor_grid
     return TensorGroup(grid, fabric.grid, None, fabric.plan.tensor_overlap, fabric.plan.regather, fabric.device)
+
+
+def _drawn(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    dtype: torch.dtype | None,
+    weight_initializer: Initializer | None,
+    bias_initializer: Initializer | None,
+) -> nn.Linear:
+    """The whole linear as torch draws it, or as it is filled."""
+    drawn = nn.Linear(in_features, out_features, bias, device="cpu", dtype=dtype)
+    for tensor, fill in ((drawn.weight, weight_initializer), (drawn.bias, bias_initializer)):
+        if fill is not None and tensor is not None:
+            fill(tensor, fan_in=in_features, fan_out=out_features)
+    return drawn
 
 
 def _whole(tensor: Tensor, fabric: Fabric) -> Tensor:
@@ -62,6 +79,26 @@ def _refuse_uneven(name: str, sizes: dict[str, int], group: TensorGroup) -> None
             )
 
 
+def row_axes(group: TensorGroup, side: str) -> list[Axis]:
+    """The axes that split rows on a side, slowest first as theirs are: WEIGHT of 3d before INPUT and OUTPUT."""
+    names = getattr(group.grid, side).tokens
+    return [group.axes[name] for name in (reversed(names) if group.grid.kind == "3d" else names)]
+
+
+def own_rows(x: Tensor, group: TensorGroup, side: str) -> Tensor:
+    """This rank's rows of an x [rows, ...] that all ranks of the grid hold. Raises DataError where they are uneven."""
+    for axis in row_axes(group, side):
+        if len(x) % axis.size:
+            raise DataError(f"{len(x)} rows cannot be shared by {axis.size} ranks evenly; give a multiple.")
+        x = x.chunk(axis.size)[axis.rank]
+    return x
+
+
+def partition_batch(x: Tensor) -> Tensor:
+    """This rank's rows of a batch [rows, ...] that all ranks of the grid hold, as the first layer takes them."""
+    return own_rows(x, group_of(PROCESS.arranged), "outer")
+
+
 class Linear(ParallelLinear):
     """`torch.nn.Linear`, split; `weight` is this rank's part of [in_features, out_features]."""
 
@@ -82,7 +119,7 @@ class Linear(ParallelLinear):
         Raises ConfigError before `launch` with a CONFIG, and for sizes that cannot be split evenly.
         """
         fabric = PROCESS.arranged
-        group = _group(fabric)
+        group = group_of(fabric)
         kind = group.grid.kind
         _refuse_uneven("Linear", {"in_features": in_features, "out_features": out_features}, group)
         if gather_output and kind != "1d":
@@ -92,10 +129,7 @@ class Linear(ParallelLinear):
         direction: Direction = "rowwise" if kind in ("1d", "3d") and (inner or gather_output) else "colwise"
         if kind in ("1d", "3d"):
             PROCESS.side = "outer" if direction == "rowwise" else "inner"
-        drawn = nn.Linear(in_features, out_features, bias, device="cpu", dtype=dtype)
-        for tensor, fill in ((drawn.weight, weight_initializer), (drawn.bias, bias_initializer)):
-            if fill is not None and tensor is not None:
-                fill(tensor, fan_in=in_features, fan_out=out_features)
+        drawn = _drawn(in_features, out_features, bias, dtype, weight_initializer, bias_initializer)
         super().__init__(
             group,
             group.grid.linear(direction),
@@ -122,7 +156,7 @@ class LayerNorm(ParallelLayerNorm):
     def __init__(self, normalized_shape: int, eps: float = 1e-5, dtype: torch.dtype | None = None) -> None:
         """normalized_shape: all channels."""
         fabric = PROCESS.arranged
-        group, drawn = _group(fabric), nn.LayerNorm(normalized_shape, eps, device="cpu", dtype=dtype)
+        group, drawn = group_of(fabric), nn.LayerNorm(normalized_shape, eps, device="cpu", dtype=dtype)
         side = getattr(group.grid, PROCESS.side)
         _refuse_uneven("LayerNorm", {"normalized_shape": normalized_shape}, group)
         held = [split(_whole(one, fabric), group, {side.hidden or "": 0}, side) for one in (drawn.weight, drawn.bias)]
@@ -137,7 +171,7 @@ class Dropout(ParallelDropout):
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         """inplace: no effect on what is computed."""
         self.fabric = PROCESS.arranged
-        super().__init__(p, _group(self.fabric), PROCESS.side, PROCESS.dropouts)
+        super().__init__(p, group_of(self.fabric), PROCESS.side, PROCESS.dropouts)
         PROCESS.dropouts += 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,9 +185,9 @@ class Dropout(ParallelDropout):
 
     def _positions(self, x: Tensor) -> Tensor:
         """[rows] int64: the numbers of x's rows among those of all ranks."""
-        tokens, block = getattr(self.group.grid, self.side).tokens, self.fabric.data.rank
-        for name in reversed(tokens) if self.group.grid.kind == "3d" else tokens:  # WEIGHT is their slower one
-            block = block * self.group.axes[name].size + self.group.axes[name].rank
+        block = self.fabric.data.rank
+        for axis in row_axes(self.group, self.side):
+            block = block * axis.size + axis.rank
         return torch.arange(block * x.shape[1], (block + 1) * x.shape[1], device=x.device)
 
 
@@ -174,7 +208,7 @@ class Embedding(ParallelEmbedding):
         vocab_parallel_limit: no effect; the vocabulary is split whatever its size.
         """
         fabric = PROCESS.arranged
-        group = _group(fabric)
+        group = group_of(fabric)
         drawn = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device="cpu", dtype=dtype)
         if weight_initializer is not None:
             weight_initializer(drawn.weight, fan_in=num_embeddings, fan_out=embedding_dim)
@@ -190,11 +224,77 @@ class Embedding(ParallelEmbedding):
 
         Raises DataError for rows that the ranks cannot share evenly.
         """
-        tokens = self.group.grid.outer.tokens
-        for name in reversed(tokens) if self.group.grid.kind == "3d" else tokens:
-            axis = self.group.axes[name]
-            if len(ids) % axis.size:
-                raise DataError(f"{len(ids)} rows of ids cannot be shared by {axis.size} ranks; give a multiple.")
-            ids = ids.chunk(axis.size)[axis.rank]
+        ids = own_rows(ids, self.group, "outer")
         rows: Tensor = super().forward(ids.flatten())
         return rows.view(*ids.shape, -1)
+
+
+class Classifier(ParallelLinear):
+    """A linear to class scores: split by classes, of which every rank gets all, for its rows."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = True,
+        dtype: torch.dtype | None = None,
+        weight_initializer: Initializer | None = None,
+        bias_initializer: Initializer | None = None,
+    ) -> None:
+        """As `Linear`. Raises ConfigError where an odd number of linears stands before it."""
+        fabric = PROCESS.arranged
+        if PROCESS.side == "inner":
+            raise ConfigError("A Classifier comes after pairs of linears, and here one of a pair is missing.")
+        group = group_of(fabric)
+        _refuse_uneven("Classifier", {"in_features": in_features}, group)
+        drawn = _drawn(in_features, num_classes, bias, dtype, weight_initializer, bias_initializer)
+        super().__init__(
+            group,
+            group.grid.linear("colwise"),
+            _whole(drawn.weight, fabric).mT,
+            None if drawn.bias is None else _whole(drawn.bias, fabric),
+            direction="colwise",
+            transposed=True,
+        )
+        _sum_in_backward(self, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., this rank's channels] to [..., classes], for `CrossEntropyLoss`.
+
+        Forward: as `ParallelLinear`, then an all-gather of scores. Backward: a split, since all ranks that share the
+        classes make the same loss of them.
+        """
+        axis = self.group.axes[self.group.grid.inner.hidden or ""]
+        part = super().forward(x.flatten(0, -2))
+        sizes = chunks(self.out_features, axis.size)
+        scores = gather_from_sequence_parallel_region(part, axis, -1, sizes, tensor_parallel_output_grad=False)
+        return scores.view(-1, *x.shape[1:-1], self.out_features)
+
+
+class CrossEntropyLoss(nn.Module):
+    """The mean cross entropy over the rows of all ranks of the grid, from what a `Classifier` gives."""
+
+    def __init__(self, reduction: bool = True, *, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        """reduction: True; a loss a row is not given. The others are those of torch."""
+        super().__init__()
+        if not reduction:
+            raise ConfigError("CrossEntropyLoss gives the mean over all rows; leave reduction=False out.")
+        self.group = group_of(PROCESS.arranged)
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+
+    def forward(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """scores: [this rank's rows, ..., classes]; targets: [rows, ...], all of them, as the loader gives them.
+
+        Returns the same on every rank. Forward: all-reduce. Backward: identity.
+        """
+        mine = own_rows(targets, self.group, "inner")
+        share = nn.functional.cross_entropy(
+            scores.flatten(0, -2),
+            mine.flatten(),
+            ignore_index=self.ignore_index,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        ) / (targets != self.ignore_index).sum().clamp(min=1)
+        for axis in row_axes(self.group, "inner"):
+            share = reduce_from_tensor_region(share, axis)
+        return share
