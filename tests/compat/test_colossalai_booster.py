@@ -168,7 +168,11 @@ def refusals(folder: str) -> list[str]:
     refused(ConfigError, booster.backward, model(ids, labels=ids).loss, optimizer)
     refused(ConfigError, booster.execute_pipeline, iter([]), model, None)
     torch.save({}, Path(folder) / "empty.pt")
-    refused(CheckpointError, booster.load_model, model, Path(folder) / "empty.pt")
+    (Path(folder) / "text.pt").write_text("no weights")
+    for name in ("empty.pt", "text.pt", "absent"):
+        refused(CheckpointError, booster.load_model, model, Path(folder) / name)
+    booster.save_model(model, Path(folder) / "model.bin")
+    booster.load_model(model, Path(folder) / "model.bin")
     refused(ConfigError, HybridAdam, [], nvme_offload_fraction=0.5)
     refused(AttributeError, getattr, colossalai, "initialize")
     PROCESS.leave()
@@ -187,6 +191,8 @@ def test_what_cannot_be_is_refused_in_a_sentence(pool: Pool, tmp_path: Path) -> 
         "zero_grad() after each step",
         "pp_size above 1",
         "is missing in",
+        "cannot be read as weights",
+        "cannot be read as weights",
         "HybridAdam is AdamW",
         "docs/compat.md",
     ]

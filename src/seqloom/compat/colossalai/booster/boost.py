@@ -114,17 +114,19 @@ class Booster:
         checkpoint: str | Path,
         shard: bool = False,
         size_per_shard: int = 1024,
+        use_safetensors: bool = False,
         **others: Any,
     ) -> None:
         """Whole weights under their Hugging Face names: one file, or, with shard, a folder for `from_pretrained`.
 
-        size_per_shard: in megabytes. Every rank calls it together. Raises ConfigError for other arguments.
+        size_per_shard: in megabytes. use_safetensors: of one file, whose ending may say it too; folders hold
+        safetensors always. Every rank calls it together. Raises ConfigError for other arguments.
         """
-        _refuse_others("save_model", others, ("gather_dtensor", "use_safetensors"))
+        _refuse_others("save_model", others, ("gather_dtensor",))
         if shard:
             save_folder(model, Path(checkpoint), size_per_shard)
         else:
-            save_one(model, Path(checkpoint))
+            save_one(model, Path(checkpoint), safe=use_safetensors or str(checkpoint).endswith(".safetensors"))
 
     def load_model(self, model: BoostedModel, checkpoint: str | Path, strict: bool = True, **others: Any) -> None:
         """Weights that `save_model` or transformers saved. Raises CheckpointError where they do not fit."""

@@ -1,9 +1,12 @@
 """Weights of a boosted model, to and from ordinary files of whole tensors under their Hugging Face names."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,13 +21,13 @@ def save_folder(model: BoostedModel, folder: Path, megabytes: int) -> None:
     save_whole(model.fabric, model.module, folder, max_shard_size=f"{megabytes}MB")
 
 
-def save_one(model: BoostedModel, path: Path) -> None:
-    """One file of the whole state: safetensors by its ending, else torch's."""
+def save_one(model: BoostedModel, path: Path, *, safe: bool) -> None:
+    """One file of the whole state: safetensors, else torch's."""
     module, fabric = model.module, model.fabric
     state = {name: whole.cpu() for name, whole in assemble(pieces(module, lasting(module)), fabric, target=0)}
     if fabric.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
+        if safe:
             save_file({name: whole.contiguous() for name, whole in state.items()}, path)
         else:
             torch.save(state | {name: state[first] for name, first in tied_names(module).items()}, path)
@@ -50,9 +53,9 @@ def _read(model: BoostedModel, path: Path) -> dict[str, Tensor]:
         dtype = torch.promote_types(next(model.module.parameters()).dtype, torch.float32)
         return lasting(build_model(model.module.config.to_dict(), weights=path, dtype=dtype))
     try:
-        if path.suffix == ".safetensors":
+        if not is_zipfile(path):  # as torch's files are
             return load_file(path)
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return state
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"{path} cannot be read as weights ({' '.join(str(error).split())[:200]}).") from error
