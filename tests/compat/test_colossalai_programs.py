@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -13,7 +12,7 @@ from train.runs import environment
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 
-Run = Callable[..., str]
+pytestmark = [pytest.mark.sweep, pytest.mark.timeout(900)]
 
 LLAMA = [
     (4, "--tp 4 --mode split_gather"),
@@ -63,7 +62,6 @@ def losses(world: int, arguments: str) -> list[float]:
     return [float(value) for value in re.findall(r"Step \d+ loss: (\S+)", text)]
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize(("world", "arguments"), [*LLAMA, *EXPERTS])
 def test_a_booster_program_prints_the_losses_of_one_process(world: int, arguments: str) -> None:
     """Catches a mode, pipeline, ZeRO stage or expert degree under which a program of theirs trains something else."""
@@ -73,7 +71,6 @@ def test_a_booster_program_prints_the_losses_of_one_process(world: int, argument
     assert max(abs(one / other - 1) for one, other in zip(alone, split, strict=True)) < 1e-12
 
 
-@pytest.mark.sweep
 def test_in_bf16_they_differ_by_rounding_alone() -> None:
     """Catches weights that are kept in bf16, which three steps of a small rate would leave as they were."""
     alone, split = losses(1, ""), losses(4, "--tp 2 --sp 2 --mode ring_attn")
@@ -81,7 +78,6 @@ def test_in_bf16_they_differ_by_rounding_alone() -> None:
     assert len({round(loss, 6) for loss in split}) == 3
 
 
-@pytest.mark.sweep
 @pytest.mark.parametrize(("world", "arguments"), list(GRIDS))
 def test_the_mlp_prints_the_shapes_of_the_tutorial_and_the_output_of_one_process(world: int, arguments: str) -> None:
     """Catches a weight that lies as [out, in], a direction that does not alternate, and dropout that depends on it."""
