@@ -134,7 +134,7 @@ def test_a_program_trains_as_on_one_device(
 ) -> None:
     """Catches a loss of one part, gradients averaged or summed twice, an optimizer that steps parameters which the
     model no longer has, a scheduler it no longer hears, and weights that come back from a file in other places."""
-    found = pool.run(world, boosted, kind, given, str(tmp_path))
+    found = pool.run(world, boosted, kind, given, str(tmp_path), timeout_seconds=150)
     losses, weights, logits = on_one_device()
     for mine in found:
         assert_close(torch.tensor(mine[0]), torch.tensor(losses), tolerance=1e-6)
