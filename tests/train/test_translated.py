@@ -252,12 +252,11 @@ def test_reduced_plans(plan: str, most: int, small: str) -> None:
 def _runnable(dialect: str, case: Case) -> Translation:
     """A case with a model where it names none; skipped where seqloom refuses it at full size too."""
     found = translate(dialect, [case.settings], world=case.world, version=case.version)
-    named = by_name("mixtral" if found.plan.expert > 1 else "llama2-7b")
-    assert named is not None
-    model = {**(found.model or named[1]), **NO_DROPOUT}
-    if refusals := reasons(found.plan, ModelShape.from_config(model)):
+    named = _named(found)
+    assert named.model is not None
+    if refusals := reasons(found.plan, ModelShape.from_config(named.model | NO_DROPOUT)):
         pytest.skip(refusals[0])
-    return replace(found, model=found.model or named[1])
+    return named
 
 
 NO_DROPOUT = {"hidden_dropout": 0.0}
@@ -457,6 +456,8 @@ def test_any_schedule_makes_a_run_or_a_sentence(examples: int) -> None:
 
 
 def _named(found: Translation) -> Translation:
-    named = by_name("mixtral" if found.plan.expert > 1 else "llama2-7b")
+    """With a model where the settings name none."""
+    named = by_name("mixtral" if found.plan.expert > 1 else "llama2-70b")
     assert named is not None
-    return replace(found, model=found.model or named[1])
+    experts = {"num_local_experts": 16} if found.plan.expert > 1 else {}
+    return replace(found, model=found.model or named[1] | experts)
