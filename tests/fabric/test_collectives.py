@@ -235,11 +235,13 @@ def test_a_lost_peer_is_named_by_axis(pool: Pool, name: str) -> None:
 
 def misuse() -> str:
     mesh = Fabric.build(Plan(ring=WORLD))
+    said = "accepted"
     try:
         collectives.start_shift([torch.ones(4).expand(2, 4)], mesh.ring)
     except Exception as error:
-        return type(error).__name__
-    return "accepted"
+        said = type(error).__name__
+    collectives.barrier(mesh.world)  # who leaves first is a dead peer to the others
+    return said
 
 
 def test_misuse_stays_itself(pool: Pool) -> None:
