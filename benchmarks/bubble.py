@@ -1,6 +1,6 @@
 """The share of a step that pipeline ranks wait, with stage work replaced by timed waits, beside the formula.
 
-    python -m benchmarks.bubble [--ranks 4] [--micro-batches 4 8] [--seconds 0.02] [--out F]
+    python -m benchmarks.bubble [--ranks 4] [--micro-batches 4 8] [--schedules zbv ...] [--seconds 0.02] [--out F]
 
 A stage waits `seconds` forward, and as long in backward for its input and for its weights; a rank's stages share its
 work. What is measured is one step from a barrier to the end of its last rank, less its work.
@@ -84,13 +84,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bubble", description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, default=4, help="ranks of the pipeline")
     parser.add_argument("--micro-batches", type=int, nargs="+", default=(4, 8), help="micro-batches of a step")
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES, help="orders of a step")
     parser.add_argument("--seconds", type=float, default=0.02, help="a third of a rank's work on a micro-batch")
     parser.add_argument("--rounds", type=int, default=3, help="steps, of which the median counts")
     parser.add_argument("--out", type=Path, default=RECORDS, help="the folder of the record")
     asked = parser.parse_args(arguments)
     settings = {name: getattr(asked, name) for name in ("ranks", "seconds", "rounds")}
     record = Record("bubble", {**settings, "micro_batches": list(asked.micro_batches)}, timed=True)
-    for schedule in SCHEDULES:
+    for schedule in asked.schedules:
         plan = replace(Plan(pipeline=asked.ranks), schedule=schedule)
         for count in asked.micro_batches:
             took = run_local(asked.ranks, step_seconds, str(plan), count, asked.seconds, asked.rounds)[0]
