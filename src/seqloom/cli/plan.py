@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from seqloom.cli.listing import legal_lines
+from seqloom.cli.weights import weight_lines
 from seqloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> I
     if plan.recompute != "none":
         yield _kept(plan, model, layout)
     yield from _sent(plan, model, num_tokens, layout, masks)
+    yield from weight_lines(plan, model, num_tokens)
 
 
 def _kept(plan: "Plan", model: "ModelShape", layout: "Layout") -> str:
@@ -187,8 +189,8 @@ def _compared(layout: "Layout", masks: "tuple[Mask, ...]") -> str:
 def _sent(
     plan: "Plan", model: "ModelShape", num_tokens: int, layout: "Layout", masks: "tuple[Mask, ...]"
 ) -> Iterator[str]:
-    """What goes over the wire, along each axis that is split."""
-    from seqloom.planner import attention_bytes, places, tensor_bytes
+    """What activations send over the wire, along each axis that is split."""
+    from seqloom.planner import attention_bytes, pipeline_bytes, places, tensor_bytes
 
     ranks = list(islice(places(plan), MOST_RANKS + 1))
     who = "Each process"
@@ -221,6 +223,38 @@ def _sent(
                     f"{who} sends {_spread(counts)} bytes a layer and sequence along {axis.replace('_', ' ')}{where}, "
                     "forward and backward, in bf16."
                 )
+    if plan.pipeline > 1:
+        passed = [
+            sum(pipeline_bytes(plan, model, layout, place, rank=rank).values())
+            for place, rank in product(ranks, range(plan.pipeline))
+        ]
+        yield (
+            f"{who} sends {_spread(passed)} bytes a sequence along pipeline, forward and backward, of a float32 "
+            "residual stream."
+        )
+    if plan.expert > 1:
+        yield _dispatched(plan, model, layout)
+
+
+def _dispatched(plan: "Plan", model: "ModelShape", layout: "Layout") -> str:
+    """What goes to experts and back, which routers decide, where they favour none."""
+    from fractions import Fraction
+
+    from seqloom.geometry import even_sizes
+    from seqloom.planner import expert_bytes, tokens_held
+
+    outer, inner = tokens_held(plan, layout)
+    tokens = max(outer if plan.expert_tensor == 1 else inner)
+    held = even_sizes(model.experts, plan.expert)
+    counts = []
+    for rank, own in enumerate(held):
+        there = round(tokens * model.experts_per_token * Fraction(model.experts - own, model.experts))
+        here = round(tokens * model.experts_per_token * (plan.expert - 1) * Fraction(own, model.experts))
+        counts.append(sum(expert_bytes(plan, model, there, here, rank=rank, item_bytes=2).values()))
+    return (
+        f"Each process sends about {max(counts):,} bytes a layer and sequence along expert, forward and backward, in "
+        "bf16, where routers favour no expert."
+    )
 
 
 def _spread(counts: Iterable[int]) -> str:
