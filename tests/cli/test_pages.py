@@ -11,6 +11,7 @@ from architecture.source import ROOT
 from cli.conftest import Cli
 
 PAGES = (
+    "plans",
     "translate",
     "schemes",
     "from-colossalai",
