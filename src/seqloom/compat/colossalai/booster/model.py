@@ -13,7 +13,7 @@ from seqloom.compat.colossalai.booster.plugin import _Plugin
 from seqloom.compat.colossalai.state import PROCESS
 from seqloom.errors import ConfigError, DataError
 from seqloom.fabric import Fabric, all_reduce_, start_collect
-from seqloom.model import layer_windows, parallelize, pipeline_loss, token_loss
+from seqloom.model import layer_windows, parallelize, step_loss, token_loss
 from seqloom.sequence import Batch, SequenceShard, shard_batch
 from seqloom.sequence.batch import NO_LABEL
 from seqloom.tensor import reduce_from_tensor_region
@@ -99,11 +99,12 @@ class BoostedModel(nn.Module):
                 {name: tensor.chunk(micro_batches)[i] for name, tensor in given.items()} for i in range(micro_batches)
             )
         ]
-        share = pipeline_loss(
+        share = step_loss(
             self.module,
-            [shard_batch(batch, self.fabric, windows=self.windows) for batch in parts],
+            (shard_batch(batch, self.fabric, windows=self.windows) for batch in parts),
             self.fabric,
             total=sum(batch.label_count for batch in parts),
+            sequences=sum(len(batch.tokens) for batch in parts),
             chunk_tokens=CHUNK_TOKENS,
             computing=partial(computing, self.precision, self.fabric.device),
             scale=scale,
