@@ -1,5 +1,6 @@
 """Layers computed again in backward: the same numbers, attention's communication once, and the bytes that are kept."""
 
+import copy
 import gc
 from collections.abc import Callable
 from functools import partial
@@ -272,6 +273,20 @@ def test_a_forward_of_a_layer_s_own(pool: Pool) -> None:
         assert all(
             torch.equal(x, y) for x, y in zip(pool.run(1, patched, f"recompute={way}")[0], expected, strict=True)
         )
+
+
+def twins(text: str) -> tuple[bool, bool]:
+    """Whether the backward of a copy leaves gradients in the copy, and in the original."""
+    model = parallelize(build("llama"), fabric := Fabric.build(Plan.parse(text)))
+    twin = copy.deepcopy(model)
+    token_loss(twin, *shard_batch(batch_of(1), fabric)).backward()
+    return tuple(any(p.grad is not None for p in each.model.layers.parameters()) for each in (twin, model))
+
+
+@pytest.mark.parametrize("way", ["full", "selective", "full:uniform:2"])
+def test_a_copy_runs_its_own_layers(pool: Pool, way: str) -> None:
+    """Catches a copy whose layers are the original's when they run."""
+    assert pool.run(1, twins, f"recompute={way}") == [(True, False)]
 
 
 def left_over() -> tuple[int, int]:

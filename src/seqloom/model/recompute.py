@@ -5,6 +5,7 @@ replaced on the instance, below the hooks of its call, and called by what replac
 saved stay as they are.
 """
 
+import copy
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -59,6 +60,13 @@ class Region:
         self._group, self._keeps_attention, self._activations = group, keeps_attention, activations
         self._waiting: list[Call] = []
         self._input: weakref.ref[Tensor] | None = None
+
+    def __deepcopy__(self, copied: dict[int, Any]) -> "Region":
+        """Of the copies of its layers: a weak reference is copied as it is."""
+        twin = copied[id(self)] = copy.copy(self)
+        twin._layers = [weakref.ref(copy.deepcopy(layer(), copied)) for layer in self._layers]
+        twin._group, twin._waiting, twin._input = copy.deepcopy(self._group, copied), [], None
+        return twin
 
     def call(self, number: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """In place of the forward of the layer of this number, counted in the region."""
