@@ -117,6 +117,7 @@ WRONG_VALUES = [
     ("train.gradient_checkpointing=1", "train.gradient_checkpointing is 1; it must be true or false."),
     ("train.loss_chunk=0", "train.loss_chunk is 0; it must be at least 1."),
     ("train.warmup_steps=11", "train.warmup_steps is 11, more than train.steps=10; make it at most 10."),
+    ("train.micro_batch=0", "train.micro_batch is 0; it must be at least 1."),
     ("train.micro_batch=2",
      "train.batch is 1, which train.micro_batch=2 does not divide; make it a multiple, such as 2."),
     ("train.rampup=[1, 1]", "train.rampup has 2 entries, which is too few."),
@@ -343,6 +344,24 @@ def test_micro_batches_follow_from_their_size(write: Any) -> None:
         config = load_config(write(MINIMAL), ["train.batch=8", "train.rampup=[4, 2, 9]", *overrides])
         assert (config.train.accumulate, config.train.micro_batch, config.train.micro_batches) == (4, 2, (2, 3, 4))
         assert load_config(write(config.model_dump(mode="json"))) == config
+
+
+@pytest.mark.parametrize(
+    ("said", "phase", "accumulate", "micro_batch"),
+    [
+        ("train.micro_batch=2", {"batch": 16}, 8, 2),
+        ("train.accumulate=4", {"batch": 16}, 4, 4),
+        ("train.accumulate=4", {"batch": 16, "micro_batch": 8}, 2, 8),
+        ("train.micro_batch=2", {"batch": 16, "accumulate": 2}, 2, 8),
+    ],
+)
+def test_phases_keep_what_was_said(
+    write: Any, said: str, phase: dict[str, int], accumulate: int, micro_batch: int
+) -> None:
+    """Catches micro-batches of a phase that grow with its batch, though their size was said."""
+    phases = yaml.safe_dump([{"until_step": 4, **phase}, {"until_step": 10}], default_flow_style=True)
+    train = stretches(load_config(write(MINIMAL), ["train.batch=8", said, f"curriculum={phases}"]))[0].config.train
+    assert (train.batch, train.accumulate, train.micro_batch) == (16, accumulate, micro_batch)
 
 
 def test_every_setting_is_described() -> None:

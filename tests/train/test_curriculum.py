@@ -34,7 +34,7 @@ def test_a_run_in_phases(pool: Pool, finished: Finished, tmp_path: Path) -> None
         return load_config(finished.config, told(name))
 
     with started(*TORCHRUN, str(finished.config), *told("once")) as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out.count("Until step") == 2 and out.count("Trained 4 steps.") == 1
     lines = metrics(tmp_path / "once")
@@ -61,6 +61,10 @@ def test_a_run_in_phases(pool: Pool, finished: Finished, tmp_path: Path) -> None
     ("overrides", "says"),
     [
         (["train.steps=5"], "curriculum has phases until the steps 2, 4; they must rise and end at train.steps=5"),
+        (
+            ["train.steps=4", "curriculum=[{until_step: 4, micro_batch: 3}]"],
+            "which micro_batch=3 does not divide; give",
+        ),
         (["train.steps=4", "train.rampup=[2, 2, 8]"], "beside which train.rampup and schedules by samples are not"),
     ],
 )

@@ -143,6 +143,7 @@ class Phase(Section):
     sequence_length: in place of `data.sequence_length`; each phase reads the text from its beginning, cut anew.
     batch: in place of `train.batch`.
     accumulate: in place of `train.accumulate`.
+    micro_batch: in place of `train.micro_batch`; where neither of the two is said, the one that `train` says stays.
     """
 
     until_step: Count
@@ -150,6 +151,21 @@ class Phase(Section):
     sequence_length: Count | None = None
     batch: Count | None = None
     accumulate: Count | None = None
+    micro_batch: Count | None = None
+
+    def sizes(self, train: TrainConfig) -> dict[str, int]:
+        """`batch`, `accumulate` and `micro_batch` of the phase; raises ValueError where they do not multiply."""
+        batch = self.batch or train.batch
+        if self.micro_batch or (self.accumulate is None and train.says_micro_batch):
+            size = self.micro_batch or train.micro_batch
+            parts, said = self.accumulate or max(1, batch // size), f"micro_batch={size}"
+        else:
+            parts = self.accumulate or train.accumulate
+            size, said = max(1, batch // parts), f"accumulate={parts}"
+        if parts * size != batch:
+            both = f" times accumulate={parts} is not" if self.accumulate and self.micro_batch else " does not divide"
+            raise ValueError(f"curriculum has a phase of batch={batch}, which {said}{both}; give the phase its own.")
+        return {"batch": batch, "accumulate": parts, "micro_batch": size}
 
 
 class Config(Section):
@@ -184,12 +200,7 @@ class Config(Section):
                 "supported; leave them out."
             )
         for phase in self.curriculum:
-            batch, parts = phase.batch or train.batch, phase.accumulate or train.accumulate
-            if batch % parts:
-                raise ValueError(
-                    f"curriculum has a phase of batch={batch}, which accumulate={parts} does not divide; give the "
-                    "phase its own."
-                )
+            phase.sizes(train)
         return self
 
     @model_validator(mode="after")

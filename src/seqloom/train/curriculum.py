@@ -34,14 +34,12 @@ def stretches(config: Config) -> tuple[Stretch, ...]:
 
 def _laid_over(config: Config, phase: Phase) -> Config:
     train, plan = config.train, phase.plan or config.plan
-    batch, accumulate = phase.batch or train.batch, phase.accumulate or train.accumulate
-    sized = {"batch": batch, "accumulate": accumulate, "micro_batch": batch // accumulate}
     length = phase.sequence_length or config.data.sequence_length
     return config.model_copy(
         update={
             "plan": plan,
             "data": config.data.model_copy(update={"sequence_length": length}),
-            "train": train.model_copy(update=sized),
+            "train": train.model_copy(update=phase.sizes(train)),
         }
     )
 
@@ -57,6 +55,10 @@ def begun(curriculum: Sequence[dict[str, object]], step: int) -> Iterator[dict[s
     start = 0
     for phase in curriculum:
         if start < step:
-            fixed = {key: value for key, value in phase.items() if key not in ("plan", "accumulate", "until_step")}
+            fixed = {
+                key: value
+                for key, value in phase.items()
+                if key not in ("plan", "accumulate", "micro_batch", "until_step")
+            }
             yield fixed | {"from_step": start}
         start = int(str(phase["until_step"]))

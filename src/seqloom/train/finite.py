@@ -34,7 +34,7 @@ def check_finite(model: PreTrainedModel, report: StepReport, fabric: Fabric, *, 
         what = f"{name} itself is not finite" if name else "every parameter and gradient is finite by itself"
     raise NumericsError(
         f"At step {step} the loss is {report.loss} and the gradient norm {report.gradient_norm}: {what}. No step was "
-        "taken; resume from the last checkpoint with a lower learning rate or in float32."
+        "taken; resume from an earlier checkpoint with a lower learning rate, or begin anew in float32."
     )
 
 

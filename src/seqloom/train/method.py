@@ -1,7 +1,7 @@
 """The settings that say how the weights are changed."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,25 +73,22 @@ class TrainConfig(Section):
         return tuple(size // self.micro_batch for size in self.batches.sizes)
 
     @property
+    def says_micro_batch(self) -> bool:
+        """Whether the size of micro-batches was said, and not how many make a step."""
+        return "micro_batch" in self.model_fields_set and "accumulate" not in self.model_fields_set
+
+    @property
     def by_samples(self) -> bool:
         """Whether the learning rate follows the sequences consumed, and not the steps taken."""
         return self.warmup_samples is not None or self.decay_samples is not None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _micro_batches(cls, values: Any) -> Any:
-        """Give `accumulate` and `micro_batch` that one of them which was not said; mistakes are found later."""
-        if not isinstance(values, dict):
-            return values
-        batch, parts, size = values.get("batch", 1), values.get("accumulate"), values.get("micro_batch")
-        if not all(type(number) is int and number > 0 for number in (batch, parts or 1, size or 1)):
-            return values
-        if size is None:
-            return values | {"micro_batch": max(1, batch // (parts or 1))}
-        return values | {"accumulate": max(1, batch // size)} if parts is None else values
-
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
+        # The one that was not said follows, and stays unsaid; past `frozen` as pydantic does it.
+        if self.says_micro_batch:
+            object.__setattr__(self, "accumulate", max(1, self.batch // self.micro_batch))
+        elif "micro_batch" not in self.model_fields_set:
+            object.__setattr__(self, "micro_batch", max(1, self.batch // self.accumulate))
         if found := [*self._batch_reasons(), *self._schedule_reasons(), *self._scale_reasons()]:
             raise ValueError(" Also: ".join(found))
         return self

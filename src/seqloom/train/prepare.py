@@ -63,8 +63,8 @@ def _check_fit(config: Config, world: int | None) -> None:
     if train.micro_batch % data:
         raise ConfigError(
             f"train.batch={train.batch} in train.accumulate={train.accumulate} micro-batches leaves "
-            f"{train.micro_batch} sequences for data={data}, which must divide them; "
-            f"make train.batch a multiple of {train.accumulate * data}."
+            f"{train.micro_batch} sequences for data={data}, which must divide them; make train.batch a multiple of "
+            f"{train.accumulate * data} with as many micro-batches, or train.micro_batch one of {data}."
         )
     for number in train.micro_batches:  # several while the batch ramps up
         length = config.data.sequence_length

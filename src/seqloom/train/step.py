@@ -116,7 +116,7 @@ def apply_gradients(
     if not (isfinite(report.loss) and isfinite(report.gradient_norm)):
         raise NumericsError(
             f"The loss is {report.loss} and the gradient norm {report.gradient_norm}, so no step was taken; "
-            "resume from the last checkpoint with a lower learning rate or in float32."
+            "resume from an earlier checkpoint with a lower learning rate, or begin anew in float32."
         )
     if clip is not None:
         factor = clip / (report.gradient_norm + 1e-6)  # as torch's clip_grad_norm_ has it
