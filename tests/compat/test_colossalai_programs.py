@@ -68,7 +68,7 @@ def test_a_booster_program_prints_the_losses_of_one_process(world: int, argument
     alone = losses(1, "--exact --experts" if "--ep" in arguments else "--exact")
     split = losses(world, f"--exact {arguments}")
     assert len(alone) == len(split) == 3
-    assert max(abs(one / other - 1) for one, other in zip(alone, split, strict=True)) < 1e-12
+    assert max(abs(one / other - 1) for one, other in zip(alone, split, strict=True)) < 1e-9
 
 
 def test_in_bf16_they_differ_by_rounding_alone() -> None:
