@@ -13,7 +13,6 @@ the tensor group.
 from collections.abc import Callable
 from contextlib import suppress
 from inspect import signature
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from seqloom.compat.megatron.tensor_parallel.mappings import (
 )
 from seqloom.errors import ConfigError, DataError
 from seqloom.fabric import Axis
-from seqloom.geometry import even_bounds
+from seqloom.geometry import even_sizes
 from seqloom.tensor import (
     Call,
     Transfer,
@@ -138,11 +137,6 @@ def _lengths(x: Tensor, axis: Axis) -> tuple[int, ...]:
     return tuple(gather_from_sequence_parallel_region(mine, axis, 0, (1,) * axis.size).tolist())
 
 
-def _even(size: int, axis: Axis) -> tuple[int, ...]:
-    bounds = even_bounds(size, axis.size)
-    return tuple(stop - start for start, stop in pairwise(bounds))
-
-
 def _marked(parameter: nn.Parameter, dim: int | None, stride: int) -> nn.Parameter:
     """With the marks by which Megatron-LM's own code knows a parameter that is split along `dim`, or is whole."""
     parameter.tensor_model_parallel = dim is not None
@@ -218,7 +212,7 @@ class ColumnParallelLinear(_Parallel):
         refuse(ColumnParallelLinear.__init__, locals(), _MODULE_REFUSED, "ColumnParallelLinear")
         super().__init__(input_size, output_size, config, tp_group, skip_bias_add)
         self.gather_output, self.disable_grad_reduce = gather_output, disable_grad_reduce
-        self.output_size_per_partition = _even(output_size // stride, self.axis)[self.axis.rank] * stride
+        self.output_size_per_partition = even_sizes(output_size // stride, self.axis.size)[self.axis.rank] * stride
         held = (
             None if skip_weight_param_allocation else self._weight(init_method, 0, stride, keep_master_weight_for_test)
         )
@@ -290,7 +284,7 @@ class RowParallelLinear(_Parallel):
                 "holds all tokens; pass input_is_parallel=True."
             )
         self.input_is_parallel = input_is_parallel
-        self.input_size_per_partition = _even(input_size // stride, self.axis)[self.axis.rank] * stride
+        self.input_size_per_partition = even_sizes(input_size // stride, self.axis.size)[self.axis.rank] * stride
         self.weight = self._weight(init_method, 1, stride, keep_master_weight_for_test)
         self.register_parameter("bias", self._bias(output_size, None, stride) if bias else None)
         if self.bias is not None:
@@ -304,7 +298,7 @@ class RowParallelLinear(_Parallel):
         x = input_ if self.input_is_parallel else scatter_to_tensor_model_parallel_region(input_, self.tp_group)
         move = None
         if self.axis.size > 1:
-            sizes = _even(x.shape[SEQUENCE], self.axis)
+            sizes = even_sizes(x.shape[SEQUENCE], self.axis.size)
             move = Transfer(self.axis, SEQUENCE, sizes) if self.sequence_parallel else Transfer(self.axis, None)
         out = _product(x, self.weight, Call(None, (None,), (move,)))
         if self.skip_bias_add or self.bias is None:
