@@ -111,6 +111,23 @@ def test_numbers_must_be_numbers(value: Any) -> None:
         ModelShape.from_config({**LLAMA, "hidden_size": value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"hidden_size": 28, "head_dim": None},
+            "Heads of 7 channels cannot be turned in pairs .* hidden_size such as 32",
+        ),
+        ({"head_dim": 9}, "Heads of 9 channels cannot be turned in pairs"),
+        ({**TINY_SHAPES["mixtral"], "num_experts_per_tok": 5}, "num_experts_per_tok=5 is more than the 4 experts"),
+    ],
+)
+def test_numbers_that_are_no_model(changes: dict[str, Any], named: str) -> None:
+    """Catches sizes with which transformers fails inside a forward pass, in words about tensors."""
+    with pytest.raises(ModelError, match=named):
+        ModelShape.from_config({**LLAMA, **changes})
+
+
 def test_grouped_heads_and_head_width_have_defaults() -> None:
     """Catches the defaults of a Llama configuration read wrongly: as many key/value heads, hidden / heads wide."""
     config = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seqloom.errors import ModelError
+from seqloom.plan.sizes import misfits
 from seqloom.plan.tiny import EXPERTS, FAMILIES
 
 
@@ -89,15 +90,9 @@ class ModelShape:
                 raise ModelError(f"The model configuration's {key} is {values[key]!r}, not a whole number above 0.")
         heads = values["num_attention_heads"]
         kv_heads = heads if family in _LATENT else values.get("num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise ModelError(
-                f"{heads} query heads cannot share {kv_heads} key/value heads evenly; use a divisor of {heads}."
-            )
-        if family in _NAMES and values["hidden_size"] % heads:
-            raise ModelError(
-                f"{values['hidden_size']} hidden channels cannot be cut into {heads} heads of {family} evenly; "
-                "use a multiple of the heads."
-            )
+        head_dim, experts = _head_dim(family, values), _experts(family, values)
+        for misfit in misfits(values, family, kv_heads, head_dim, experts, rotary=family not in _NAMES):
+            raise ModelError(misfit)
         return cls(
             family=family,
             vocab=values["vocab_size"],
@@ -105,7 +100,7 @@ class ModelShape:
             layers=values["num_hidden_layers"],
             heads=heads,
             kv_heads=kv_heads,
-            head_dim=_head_dim(family, values),
+            head_dim=head_dim,
             max_positions=values.get("max_position_embeddings"),
             windows=_windows(family, values),
             intermediate=values.get("intermediate_size", 0),
@@ -114,7 +109,7 @@ class ModelShape:
             query_latent=values.get("q_lora_rank", 0) if family in _LATENT else 0,
             key_latent=values["kv_lora_rank"] if family in _LATENT else 0,
             shared_key=values["qk_rope_head_dim"] if family in _LATENT else 0,
-            experts=_experts(family, values),
+            experts=experts,
             inside=_inside(family, values),
             routed=_routed(family, values),
             experts_per_token=values.get("num_experts_per_tok", 0),
