@@ -31,8 +31,8 @@ endif
 help:
 	@echo "make install   set up .venv (one to five minutes, once; the others do it by themselves)"
 	@echo "make demo      train a small model over 4 processes, prove it equals one device, write a report (about 3 minutes)"
-	@echo "make test      run the tests (under 10 minutes on 2 cores)"
-	@echo "make sweep     run the long tables of plans, worlds and lengths (about 90 minutes)"
+	@echo "make test      run the tests (about 20 minutes on 2 cores)"
+	@echo "make sweep     run the long tables of plans, worlds and lengths (several hours)"
 	@echo "make check     format, lint, types, doctests and architecture (about a minute)"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
@@ -63,12 +63,12 @@ demo: $(STAMP)
 	echo "== Done in $$((SECONDS - started)) s. Next: open runs/demo/report.html in a browser."
 
 test: $(STAMP)
-	@echo "== Tests, under 10 minutes on 2 cores."
+	@echo "== Tests, about 20 minutes on 2 cores."
 	@$(BIN)/python -m pytest
 	@echo "== All tests passed. Next: 'make check' before a commit, 'make sweep' for every plan and world."
 
 sweep: $(STAMP)
-	@echo "== The sweep: every plan, world and length of the tables; about 90 minutes on 2 cores."
+	@echo "== The sweep: every plan, world and length of the tables; several hours on 2 cores."
 	@$(BIN)/python -m pytest -m sweep --timeout 3600
 	@$(BIN)/python -m benchmarks.parity --sixteen
 	@echo "== The sweep passed."
