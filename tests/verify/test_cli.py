@@ -202,7 +202,7 @@ REFUSED = {
     "--model llama --plan tensor=6,tensor_kind=2d": ["tensor=6 is no square", "grid=3x2"],
     "--model llama --plan tensor=4,depth=2": ["depth=2 belongs to tensor_kind=2.5d"],
     "--model gpt2 --plan tensor=4,tensor_kind=2d": ["gpt2", "tensor_kind=1d"],
-    "--model gpt_oss --plan tensor=2": ["gpt_oss"],
+    "--model gpt_oss --plan tensor=2,expert_tensor=2": ["gpt_oss", "use expert_tensor=1"],
     "--model llama --plan ring=2 --dropout 1": ["dropout is 1.0"],
     "--model llama --plan ring=2 --dropout -0.1": ["dropout is -0.1"],
     "--model llama --plan ring=2 --documents 3,x": ["3,x", "60,7,61"],
@@ -255,7 +255,7 @@ def test_a_missing_option_is_status_2(monkeypatch: pytest.MonkeyPatch, capsys: p
     [
         ("gemma3_text", {"hidden_size": 24, "num_attention_heads": 5, "num_key_value_heads": 5}, "cannot build"),
         ("bloom", {"hidden_size": 41, "n_head": 5}, "cannot be cut into 5 heads"),
-        ("gpt_oss", {"num_experts_per_tok": 9}, "cannot be split"),
+        ("gpt_oss", {"num_experts_per_tok": 9}, "is more than the 4 experts"),
     ],
 )
 def test_configurations_that_cannot_be_built(family: str, changes: dict[str, object], said: str) -> None:
