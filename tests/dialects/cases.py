@@ -475,7 +475,9 @@ MINDFORMERS = {
     "the newer hybrid": Case(
         "parallelism: {context_parallel: 4, context_parallel_method: hybrid, ulysses_degree_in_cp: 2}",
         4,
-        "ring=2 ulysses=2 exchange=gather layout=contiguous",
+        "zero=3 ring=2 ulysses=2 exchange=gather layout=contiguous",
+        {},
+        (("zero", "mapped", "-1, their default"),),
     ),
     "a model with its optimizer shared out": Case(
         _yaml(

@@ -13,6 +13,9 @@ Verdict = Literal["mapped", "changed", "no effect", "refused"]
 MOST_OPTIONS = 5_000
 """The most options that one file may hold."""
 
+_MOST_BITS = 4096
+"""Whole numbers beyond are told by their size: Python refuses to write them in digits."""
+
 
 @dataclass(frozen=True)
 class Note:
@@ -159,12 +162,14 @@ def plain(value: Any) -> Any:
     """A value as JSON can hold it."""
     if isinstance(value, Unread):
         return value.text
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a whole number of {value.bit_length():,} bits"
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(plain(key)): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(inner) for inner in value]
     return str(value)
@@ -197,7 +202,7 @@ def flatten(values: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
         path, value = stack.pop()
         count += _elements(value, MOST_OPTIONS - count)
         if isinstance(value, Mapping) and (value or not path):
-            inner = [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
+            inner = [(f"{path}.{plain(key)}" if path else str(plain(key)), each) for key, each in value.items()]
             stack.extend(reversed(inner))
         else:
             yield path, value

@@ -1,6 +1,8 @@
 """The sections of MindFormers' YAML files, by what becomes of them."""
 
-from seqloom.dialects.ledger import Verdict
+from difflib import get_close_matches
+
+from seqloom.dialects.ledger import Ledger, Verdict, as_whole, shown
 
 SECTIONS = {
     "context": "MindSpore's device and graph settings; seqloom runs on PyTorch.",
@@ -94,6 +96,80 @@ SCHEDULE = {
 """Options of the schedule, and what `train.schedule` calls them."""
 
 
+_LAYOUT = {
+    "parallel_config": (
+        "data_parallel model_parallel context_parallel expert_parallel pipeline_stage micro_batch_num seq_split_num "
+        "use_seq_parallel optimizer_shard gradient_aggregation_group vocab_emb_dp context_parallel_algo "
+        "ulysses_degree_in_cp mem_coeff micro_batch_interleave_num use_3d_tensor_parallel tp_x tp_y tp_z "
+        "expert_model_parallel"
+    ),
+    "parallelism": (
+        "data_parallel_shard data_parallel_replicate tensor_parallel tensor_parallel_degree pipeline_parallel "
+        "pipeline_parallel_degree context_parallel context_parallel_method context_parallel_async "
+        "ulysses_degree_in_cp expert_parallel expert_tensor_parallel sequence_parallel"
+    ),
+}
+"""The keys of the sections that hold a layout; a misspelt one must not pass by unseen."""
+
+_MODEL_NOTHING = frozenset(
+    "type model_type arch batch_size bos_token_id eos_token_id pad_token_id ignore_token_id compute_dtype "
+    "layernorm_compute_type layernorm_compute_dtype softmax_compute_type softmax_compute_dtype rotary_dtype "
+    "param_init_type params_dtype use_past block_size num_blocks is_dynamic qkv_concat checkpoint_name_or_path "
+    "repetition_penalty max_decode_length max_new_tokens top_k top_p temperature do_sample parallel_optimizer "
+    "fine_grain_interleave use_kvcache_op is_flexible_shape auto_map return_dict architectures "
+    "use_fused_rope use_fused_swiglu apply_rope_fusion bias_swiglu_fusion moe_permute_fusion".split()
+)
+"""Keys of a model that are about kernels, types beside the computing one, tokens or inference."""
+
+_SPLIT = {
+    "offset": "Their stages differ by it in layers; here stages balance their cost. Write stages= in the plan.",
+    "pp_interleave_num": "The plan's pipeline is not interleaved; write schedule=interleaved chunks= in the plan.",
+    "pipeline_scheduler": "The plan's schedule is 1f1b; write schedule= in the plan.",
+    "pipeline_interleave": "The plan's pipeline is not interleaved; write schedule=interleaved chunks= in the plan.",
+    "seq_split_num": "A sequence is not cut into pieces that follow each other through the pipeline.",
+    "use_3d_tensor_parallel": "Tensor ranks are one line here, not a grid of tp_x x tp_y x tp_z; the result is the "
+    "same.",
+    **dict.fromkeys(("tp_x", "tp_y", "tp_z"), "Tensor ranks are one line here, not a grid of tp_x x tp_y x tp_z."),
+}
+"""Keys, wherever they stand, of a layout that seqloom's plan does not take over."""
+
+
+def check_names(ledger: Ledger) -> None:
+    """Refuse keys of a layout that are one of theirs misspelt, and a section that is no section."""
+    for section, words in _LAYOUT.items():
+        known = words.split()
+        if ledger.given.get(section) not in (None, {}):
+            said = shown(ledger.given[section])
+            ledger.refuse(section, f"{section} is {said}, not a section; write its keys, as {{{known[0]}: 2}}.")
+        for name in ledger.given:
+            first, _, key = name.partition(".")
+            if first != section or not key or key in known or ledger.noted(name):
+                continue
+            if close := get_close_matches(key, known, 1, 0.8):
+                ledger.refuse(name, f"{name} is no option of theirs (did you mean '{close[0]}'?).")
+            elif key not in _SPLIT:
+                ledger.note(name, "changed", "Not an option that is known here; it does not enter the plan.")
+
+
+def _is_off(value: object) -> bool:
+    """Whether a value leaves its option off: nothing, zero, one of a degree, none."""
+    return value in (None, False, "", [], {}) or as_whole(value) in (0, 1) or str(value).lower() in ("none", "false")
+
+
+def close_all(ledger: Ledger) -> None:
+    """Note every option that no rule reads."""
+    ledger.close(lambda name: _off_or(name, ledger.given[name]))
+
+
+def _off_or(name: str, value: object) -> tuple[Verdict, str]:
+    key = name.rpartition(".")[2]
+    if key in _SPLIT and name not in BY_NAME:
+        return ("no effect", "Off.") if _is_off(value) else ("changed", _SPLIT[key])
+    verdict, why = untouched(name)
+    off = value in (None, False) or value == 0 and name.startswith(("model.", "moe_config."))
+    return ("no effect", "Off.") if verdict == "changed" and off else (verdict, why)
+
+
 def untouched(name: str) -> tuple[Verdict, str]:
     """The verdict and reason of an option that no rule reads."""
     if name in BY_NAME:
@@ -101,6 +177,12 @@ def untouched(name: str) -> tuple[Verdict, str]:
     first = name.partition(".")[0]
     if first in ("lr_schedule", "optimizer"):
         return "changed", "It is not carried over; a run's schedule and optimizer have what `train` names."
-    if first == "model":
-        return "no effect", "It does not enter `model`: the family sets it, or has no such setting."
-    return "no effect", SECTIONS.get(first, "It says nothing about how a run is split; it does not enter the plan.")
+    if first in ("model", "model_config", "pretrained_model_config"):
+        if name.rpartition(".")[2] in _MODEL_NOTHING:
+            return "no effect", "It is about kernels, types, tokens or inference; the family sets what it needs."
+        return "changed", "It is not read here and does not enter `model`; set it in the model's configuration."
+    if first == "moe_config":
+        return "changed", SECTIONS[first]
+    if first in SECTIONS:
+        return "no effect", SECTIONS[first]
+    return "changed", "Not an option that is known here; it does not enter the plan."

@@ -56,15 +56,16 @@ def _batch(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
                 "changed",
                 f"{several} is below pipeline_stage {pipeline}, which is refused there; stages idle here.",
             )
-        ledger.changed("Their trainer sets it to 1 beside a pipeline.", gather) if steps > 1 else None
+        ledger.each("changed" if steps > 1 else "mapped", "Their trainer sets it to 1 beside a pipeline.", (gather,))
         accumulate = several * times
         ledger.mapped(f"{several} micro-batches.", number)
     else:
         accumulate = steps * times
         if several > 1:
             ledger.note(number, "changed", "Without a pipeline their trainer sets it to 1.")
-        ledger.mapped("One.", number)
-    ledger.mapped("Micro-batches of a step.", gather, interleave)
+        else:
+            ledger.mapped("One.", number)
+    ledger.mapped("Micro-batches of a step.", interleave, *(() if ledger.noted(gather) else (gather,)))
     if rows:
         ledger.mapped(f"Rows of a micro-batch on each of {data} data ranks.", rows)
     batch = "training.global_batch_size"
@@ -72,8 +73,14 @@ def _batch(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
     if micro is None:
         ledger.note("batch_size", "changed", f"Not said: taken as 1, so the global batch is {total}.")
     if batch in ledger:
-        total = ledger.whole(batch)
-        accumulate = max(1, total // ((micro or 1) * data))
+        total, rows_once = ledger.whole(batch), (micro or 1) * data
+        accumulate = max(1, total // rows_once)
+        if total % rows_once:
+            ledger.refuse(
+                batch,
+                f"{batch} {total} is no multiple of {micro or 1} rows x data {data} = {rows_once}; use "
+                f"{accumulate * rows_once} or {(accumulate + 1) * rows_once}.",
+            )
         ledger.mapped("train.batch.", batch)
     return {"micro_batch": micro or 1, "accumulate": accumulate, "global_batch": total}
 
@@ -136,7 +143,7 @@ def _precision(ledger: Ledger) -> str:
     if name is None:
         ledger.note("compute_dtype", "mapped", "Not said: float16, their models' default.")
         return "fp16"
-    given = str(ledger.get(name)).lower()
+    given = str(plain(ledger.get(name))).lower()
     if given not in _PRECISIONS:
         ledger.refuse(name, f"{name} is '{given[:40]}'; it is one of bfloat16, float16, float32.")
     ledger.mapped("train.precision.", name)

@@ -4,6 +4,7 @@ from typing import Any
 
 from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger
+from seqloom.dialects.translation import MOST_RANKS
 
 METHODS = ("colossal", "ulysses", "hybrid")
 _P = "parallelism."
@@ -11,9 +12,9 @@ _P = "parallelism."
 
 def pynative(ledger: Ledger, world: int | None) -> dict[str, Any]:
     """Fields of a plan by `parallelism`; data parallelism is what is left of the world unless it is said."""
-    tensor = ledger.whole(_first(ledger, "tensor_parallel", "tensor_parallel_degree"))
-    pipeline = ledger.whole(_first(ledger, "pipeline_parallel", "pipeline_parallel_degree"))
-    context = ledger.whole(_P + "context_parallel")
+    tensor = ledger.whole(_first(ledger, "tensor_parallel", "tensor_parallel_degree"), most=MOST_RANKS)
+    pipeline = ledger.whole(_first(ledger, "pipeline_parallel", "pipeline_parallel_degree"), most=MOST_RANKS)
+    context = ledger.whole(_P + "context_parallel", most=MOST_RANKS)
     ledger.mapped(f"tensor={tensor}.", _first(ledger, "tensor_parallel", "tensor_parallel_degree"))
     ledger.mapped(f"pipeline={pipeline}.", _first(ledger, "pipeline_parallel", "pipeline_parallel_degree"))
     ledger.mapped(
@@ -22,12 +23,11 @@ def pynative(ledger: Ledger, world: int | None) -> dict[str, Any]:
     data = _data(ledger, world, tensor * pipeline * context)
     fields: dict[str, Any] = {"data": data, "tensor": tensor, "pipeline": pipeline} | _context(ledger, context)
     fields["sequence_parallel"] = True
-    shared = data * context > 1 and (_P + "data_parallel_shard" in ledger)
-    fields["zero"] = 3 if shared else 0
-    if not shared:
-        ledger.note(
-            "zero", "mapped", "zero=0: parameters are shared out where data_parallel_shard is said, and it is not."
-        )
+    fields["zero"] = 3 if data * context > 1 else 0
+    if _P + "data_parallel_shard" not in ledger and fields["zero"]:
+        why = "data_parallel_shard is not said: -1, their default, shares parameters out over data x context."
+        ledger.note("zero", "mapped", f"zero=3: {why}")
+    fields["zero_replicas"] = ledger.whole(_P + "data_parallel_replicate") if fields["zero"] else 1
     expert = ledger.whole(_P + "expert_parallel")
     ledger.mapped(f"expert={expert}.", _P + "expert_parallel")
     if expert > 1:
@@ -53,7 +53,7 @@ def _data(ledger: Ledger, world: int | None, size: int) -> int:
         ledger.refuse(shard, "data_parallel_shard is 0; it is -1 for what is left of the world, or 1 or more.")
     given = asked if asked > 0 else 0
     ledger.mapped("zero=3 over data_parallel_shard x context_parallel.", shard)
-    ledger.mapped(f"{times} groups that repeat the shards.", repeat)
+    ledger.mapped(f"zero_replicas={times}: groups that repeat the shards.", repeat)
     if given:
         product = given * times * size
         if world is not None and world != product:
@@ -67,16 +67,14 @@ def _data(ledger: Ledger, world: int | None, size: int) -> int:
         ledger.note(
             "device_num",
             "changed",
-            f"The file does not say how many processes there are; taken as {size}. Give --world.",
+            f"The file does not say how many processes there are; taken as {size * times}. Give --world.",
         )
-        return 1
-    if world % size:
-        ledger.refuse(
-            "device_num",
-            f"device_num {world} is no multiple of tensor x pipeline x context = {size}; use "
-            f"{max(1, world // size) * size}.",
-        )
-    return max(1, world // size)
+        return times
+    if world % (size * times):
+        said = "tensor x pipeline x context" + (" x data_parallel_replicate" if times > 1 else "")
+        lower = max(1, world // (size * times)) * size * times
+        ledger.refuse("device_num", f"device_num {world} is no multiple of {said} = {size * times}; use {lower}.")
+    return max(1, world // (size * times)) * times
 
 
 def _context(ledger: Ledger, context: int) -> dict[str, Any]:
@@ -96,7 +94,14 @@ def _context(ledger: Ledger, context: int) -> dict[str, Any]:
             )
         found = axes(1, context)
     elif method == "hybrid":
-        if given == 0 or context % given:
+        if given == 0:
+            ledger.refuse(
+                name,
+                "The method hybrid needs ulysses_degree_in_cp, and it is not said; give a divisor of "
+                f"context_parallel {context}.",
+            )
+            return axes(context)
+        if context % given:
             ledger.refuse(
                 degree,
                 f"context_parallel {context} is not divisible by ulysses_degree_in_cp {given}; use a divisor of "

@@ -11,6 +11,9 @@ from seqloom.plan import ModelShape, Plan, reasons
 OURS = ("tensor", "ulysses", "ring", "data", "pipeline")
 """The axes in seqloom's own rank order, fastest first."""
 
+MOST_RANKS = 1_000_000
+"""The largest degree that is read."""
+
 
 @dataclass(frozen=True)
 class Translation:

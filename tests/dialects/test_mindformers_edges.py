@@ -1,0 +1,97 @@
+"""MindFormers' files at their edges: sizes, misspelt keys, and notes that must be true."""
+
+import time
+
+import pytest
+
+from dialects.test_translate import YAML, note, refusal
+from seqloom.dialects import translate
+from seqloom.plan import Plan
+
+
+def test_numbers_without_end() -> None:
+    """Catches gigabytes for a list of stages, and a traceback from a number Python writes in no digits."""
+    text = "parallel_config: {pipeline_stage: 900000000}\nrecompute_config: {recompute: 3}"
+    assert "not a whole number from 1 to 1,000,000" in refusal("mindformers", text)
+    assert "bits" in refusal("mindformers", f"parallel_config: {{model_parallel: {'1:' + '59:' * 8000}59}}")
+    odd = f"parallel_config: {{data_parallel: 1}}\nx: {{? {'1:' + '59:' * 3000}59 : {'1:' + '59:' * 3000}59}}"
+    assert translate("mindformers", [odd]).plan == Plan()
+
+
+@pytest.mark.parametrize("text", ["[" * 90_000, "x: [" + "1," * 80_000 + "]", "- " * 60_000])
+def test_files_that_are_slow_to_read(text: str) -> None:
+    """Catches seconds spent on a file that is nobody's settings."""
+    start = time.process_time()
+    assert "lines and entries" in refusal("mindformers", f"parallel_config: {{}}\n{text}")
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("parallel_config: {data_parallel: 4, model_paralel: 2}", "did you mean 'model_parallel'?"),
+        ("parallelism: {tensor_paralel: 2}", "did you mean 'tensor_parallel'?"),
+        ("parallel_config: 3", "parallel_config is '3', not a section"),
+        ("parallel_config: [1, 2]", "not a section"),
+        ("parallelism: {context_parallel: 4, context_parallel_method: hybrid}", "needs ulysses_degree_in_cp"),
+        (
+            "parallelism: {data_parallel_shard: 3}\ntraining: {local_batch_size: 3, global_batch_size: 64}",
+            "64 is no multiple of 3 rows x data 3 = 9; use 63 or 72.",
+        ),
+        ("parallelism: {data_parallel_replicate: 3}", "x data_parallel_replicate = 3; use 6."),
+    ],
+)
+def test_what_is_no_layout(text: str, says: str) -> None:
+    """Catches a misspelt degree that is 1 without a word, and a batch of other rows than asked."""
+    assert says in refusal("mindformers", text, 8 if "replicate" in text else None)
+
+
+def test_groups_that_repeat_the_shards() -> None:
+    """Catches replicas of shards that are told and not planned, and the default -1 read as no sharing."""
+    text = "parallelism: {data_parallel_shard: 4, data_parallel_replicate: 2}"
+    assert translate("mindformers", [text], world=8).plan == Plan(data=8, zero=3, zero_replicas=2)
+    assert translate("mindformers", ["parallelism: {tensor_parallel: 2}"], world=8).plan.zero == 3
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("hidden_dropout_rate", "0.1"),
+        ("sliding_window", "4096"),
+        ("scaling_factor", "2.0"),
+        ("offset", "[1, 0]"),
+        ("pp_interleave_num", "2"),
+        ("use_3d_tensor_parallel", "True"),
+        ("brand_new", "7"),
+    ],
+)
+def test_what_changes_a_model_is_said(option: str, value: str) -> None:
+    """Catches "no effect" for an option that changes numbers or stages."""
+    text = f"parallel_config: {{data_parallel: 1}}\nmodel: {{model_config: {{{option}: {value}}}}}"
+    assert note("mindformers", text, f"model.model_config.{option}").verdict == "changed"
+    assert note("mindformers", text.replace(value, "null"), f"model.model_config.{option}").verdict == "no effect"
+
+
+def test_what_changes_a_pipeline_is_said() -> None:
+    """Catches "no effect" for a schedule, pieces of a sequence, and capacities of experts."""
+    text = "parallel_config: {seq_split_num: 4}\nmoe_config: {capacity_factor: 1.1}\n"
+    text += "parallel: {pipeline_config: {pipeline_scheduler: seqpipe}}"
+    for option in (
+        "parallel_config.seq_split_num",
+        "moe_config.capacity_factor",
+        "parallel.pipeline_config.pipeline_scheduler",
+    ):
+        assert note("mindformers", text, option).verdict == "changed"
+
+
+def test_one_option_is_told_one_thing() -> None:
+    """Catches notes that contradict the plan or each other."""
+    newer = "use_legacy: False\n" + YAML % "context_parallel: 4, context_parallel_algo: ulysses_cp, %s"
+    found = translate("mindformers", [newer % "ulysses_degree_in_cp: 2"])
+    said = {each.option: each for each in found.notes}
+    assert found.plan.ulysses == 2 and said["parallel_config.ulysses_degree_in_cp"].verdict == "mapped"
+    ring = "parallelism: {context_parallel: 4}\nmodel: {model_config: {use_ring_attention: True}}"
+    assert note("mindformers", ring, "model.model_config.use_ring_attention").verdict == "no effect"
+    steps = "parallel_config: {pipeline_stage: 2, micro_batch_num: 4}\nrunner_config: {gradient_accumulation_steps: 8}"
+    notes = [n.verdict for n in translate("mindformers", [steps]).notes if n.option.endswith("accumulation_steps")]
+    assert notes == ["changed"]
