@@ -66,11 +66,14 @@ class Reader:
     text: str
     at: int = 0
     bodies: list[tuple[str, bool]] = field(default_factory=list)
+    counted: tuple[int, int] = (0, 1)
 
     @property
     def line(self) -> int:
         """The line read now, from 1."""
-        return self.text.count("\n", 0, self.at) + 1
+        before, lines = self.counted
+        self.counted = (self.at, lines + self.text.count("\n", before, self.at))
+        return self.counted[1]
 
     def starts(self, what: str) -> bool:
         """Whether `what` comes next."""
@@ -95,6 +98,12 @@ def tokens(text: str) -> Iterator[Token]:
             yield Token("operator", reader.line, text="\n")
             reader.at += 1
             yield from _bodies(reader)
+        elif reader.starts("(("):
+            line = reader.line
+            yield Token("word", line, word=(Piece("text", "let"),))
+            yield Token(
+                "word", line, word=(*_pieces(Reader(_balanced(reader, 2, "(", ")", 2)), "", quoted=True, depth=0),)
+            )
         elif operator := _operator(reader):
             line = reader.line
             reader.at += len(operator)

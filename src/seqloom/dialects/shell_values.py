@@ -1,0 +1,205 @@
+"""Variables of a shell script, and the words that stand for them; nothing is run."""
+
+import re
+from dataclasses import dataclass, field
+
+from seqloom.dialects.ledger import Unread
+from seqloom.dialects.shell_words import Piece, Word, inner_word
+from seqloom.dialects.sums import shell_sum
+from seqloom.errors import DialectError
+
+MOST_CHARACTERS = 200_000
+"""The longest script, and the longest text that its variables may grow to."""
+
+_MARK = re.compile("\ue000(\\d+)\ue001")
+"""Stands in a text for what is not known here: the number of a doubt."""
+
+_SIMPLE = re.compile(r"(#?)([A-Za-z_]\w*|[0-9@*#?$!-])(\[[^]]*\])?((?::?[-=+?])(.*))?$", re.DOTALL)
+_STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*([-+*/%]?)=(?!=)(.*)", re.DOTALL)
+_WRITTEN = re.compile(r"([A-Za-z_]\w*)\s*(?:\+\+|--|(?:[-+*/%&|^]|<<|>>)?=(?!=))|(?:\+\+|--)\s*([A-Za-z_]\w*)")
+_COMPARED = re.compile(r"([^<>=!&|]+)(==|!=|<=|>=|<|>)([^<>=!&|]+)")
+
+
+def marked(text: str) -> bool:
+    """Whether a text holds something that is not known."""
+    return _MARK.search(text) is not None
+
+
+def unmarked(text: str) -> str:
+    """A text without what is not known in it."""
+    return _MARK.sub("", text)
+
+
+@dataclass
+class Values:
+    """Variables by name, an array's elements in order, and what is in doubt about them.
+
+    sure: whether what is followed now is known to run. perhaps: names that were set where that is not known.
+    passing: names that were set for one command or a subshell only. undo: what subshells found, innermost last.
+    """
+
+    variables: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    sure: bool = True
+    perhaps: set[str] = field(default_factory=set)
+    passing: set[str] = field(default_factory=set)
+    undo: list[dict[str, tuple[str, ...] | None]] = field(default_factory=list)
+    doubts: dict[str, int] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    def doubt(self, why: str) -> str:
+        """A mark that stands for what is not known."""
+        if why not in self.doubts:
+            self.doubts[why] = len(self.doubts)
+            self.reasons.append(why)
+        return f"\ue000{self.doubts[why]}\ue001"
+
+    def certain(self, text: str) -> str | Unread:
+        """A text without marks, or what is known of it and why that is not all."""
+        found = _MARK.search(text)
+        return Unread(unmarked(text), self.reasons[int(found[1])]) if found else text
+
+    def assign(self, name: str, value: list[str], append: bool = False) -> None:
+        """Set a variable; one that held something else is in doubt where it is not known that this runs."""
+        before = self.variables.get(name) if name not in self.passing else None
+        if append and before is not None:
+            joined = len(value) == len(before) == 1
+            value = [before[0] + value[0]] if joined else [*before, *value]
+        if sum(map(len, value)) > MOST_CHARACTERS:
+            raise DialectError(f"The script's variable {name} grows beyond {MOST_CHARACTERS:,} characters.")
+        if not self.sure and before not in (None, tuple(value)):
+            mark = self.doubt(f"{name} is set in a branch or loop that is not decided here")
+            value = [re.sub(r"(\S+)", rf"\1{mark}", each) or mark for each in value]
+        if not self.sure and before is None:
+            self.perhaps.add(name)
+        elif self.sure:
+            self.perhaps.discard(name)
+        self._put(name, tuple(value))
+
+    def _put(self, name: str, value: tuple[str, ...]) -> None:
+        if self.undo:
+            self.undo[-1].setdefault(name, self.variables.get(name))
+        self.passing.discard(name)
+        self.variables[name] = value
+
+    def cast_doubt(self, name: str, why: str) -> None:
+        """Keep what is known of a variable, in doubt."""
+        mark = self.doubt(why)
+        self._put(name, tuple(f"{unmarked(each)}{mark}" for each in self.variables.get(name, ("",))) or (mark,))
+
+    def restore(self, name: str, before: tuple[str, ...] | None) -> None:
+        """Take back what a subshell, or one command, was given."""
+        if before is None:
+            self.passing.add(name)
+        else:
+            self.variables[name] = before
+
+    def arithmetic(self, text: str) -> bool | None:
+        """Follow let or (( text )); whether it is not 0, None where that is not known."""
+        if found := _STEP.fullmatch(text):
+            name, step, other = found.groups()
+            if not _WRITTEN.search(other):
+                self.assign(name, [self.sum(f"{name} {step} ({other})" if step else other, 0)])
+                return None
+        for pair in _WRITTEN.findall(text):
+            name = pair[0] or pair[1]
+            self.cast_doubt(name, f"{name} is reckoned by (({' '.join(text.split())[:40]})), which is not read")
+        if (found := _COMPARED.fullmatch(text)) and not _WRITTEN.search(text):
+            left, right = self.sum(found[1], 0), self.sum(found[3], 0)
+            if not marked(left + right):
+                return compare(int(left), found[2], int(right))
+        return None
+
+    def expand(self, word: Word, *, split: bool = True, depth: int = 0) -> list[str]:
+        """The words that one word stands for."""
+        words: list[str] = []
+        text, begun = "", False
+        for piece in word:
+            parts = [piece.text] if piece.kind == "text" else self.value(piece, depth)
+            several = piece.kind == "parameter" and piece.text.endswith(("[@]", "@"))
+            if piece.kind != "text" and split and not piece.quoted:
+                parts, several = [one for part in parts for one in part.split()], True
+            if not (several and split):
+                parts = [" ".join(parts)]
+            for number, part in enumerate(parts):
+                if number:
+                    words.append(text)
+                    text = ""
+                text, begun = text + part, True
+            begun = begun or (piece.quoted and not several)
+        if begun:
+            words.append(text)
+        if sum(map(len, words)) > MOST_CHARACTERS:
+            raise DialectError(f"A word of the script grows beyond {MOST_CHARACTERS:,} characters.")
+        return words
+
+    def value(self, piece: Piece, depth: int) -> list[str]:
+        """What a parameter, a sum or a command stands for."""
+        if piece.kind == "command":
+            return [self.doubt(f"$({' '.join(piece.text.split())[:40]}) is not run")]
+        if piece.kind == "sum":
+            return [self.sum(piece.text, depth)]
+        found = _SIMPLE.match(piece.text)
+        if found is None or depth > 20:
+            return [self.doubt(f"${{{piece.text[:40]}}} is an expansion that is not read")]
+        counted, name, index, operation, other = found.groups()
+        self.used.add(name)
+        known = self.variables.get(name)
+        if index and f"{name}{index}" in self.variables:
+            known, index = self.variables[f"{name}{index}"], None
+        if name in "@*" and operation is None:
+            return []
+        if name in self.passing:
+            return [self.doubt(f"{name} is set for one command or a subshell only")]
+        empty = known is None or (operation is not None and operation[0] == ":" and not "".join(known))
+        kind = operation.lstrip(":")[0] if operation else ""
+        if kind and name in self.perhaps:
+            return [self.doubt(f"{name} is set in a branch or loop that is not decided here")]
+        if (kind in ("-", "=") and empty) or (kind == "+" and not empty):
+            instead = self.expand(inner_word(other), split=False, depth=depth + 1) or [""]
+            if kind == "=":
+                self.assign(name, ["".join(instead)])
+            return instead
+        if kind == "+":
+            return []
+        if known is None:
+            return [self.doubt(f"${name} is not set in the script")]
+        if counted:
+            return [str(len(known))] if index else [str(len(known[0]))] if known else ["0"]
+        if index and index not in ("[@]", "[*]"):
+            number = index[1:-1]
+            return [known[int(number)]] if len(number) < 6 and number.isdecimal() and int(number) < len(known) else [""]
+        return list(known) if index else list(known[:1])
+
+    def sum(self, text: str, depth: int) -> str:
+        """The value of $((text))."""
+        inside = _MARK.sub("?", "".join(self.expand(inner_word(text), split=False, depth=depth + 1)))
+
+        def lookup(name: str) -> int:
+            self.used.add(name)
+            known = self.variables.get(name)
+            if not known or name in self.passing or not re.fullmatch(r"-?\d{1,18}", known[0]):
+                raise ValueError(f"{name} is no whole number that is known here")
+            return int(known[0])
+
+        try:
+            return str(shell_sum(inside, lookup))
+        except ValueError as error:
+            return self.doubt(f"$(({' '.join(text.split())[:40]})) is not known here: {error}")
+
+
+def compare(left: int | str, sign: str, right: int | str) -> bool | None:
+    """Whether a comparison of two whole numbers, or two words, holds; None for a sign that is not read."""
+    if sign in ("=", "==", "-eq"):
+        return left == right
+    if sign in ("!=", "-ne"):
+        return left != right
+    if isinstance(left, str) or isinstance(right, str):
+        return None
+    if sign in (">", "-gt"):
+        return left > right
+    if sign in ("<", "-lt"):
+        return left < right
+    if sign in (">=", "-ge"):
+        return left >= right
+    return left <= right if sign in ("<=", "-le") else None

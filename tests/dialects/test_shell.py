@@ -1,0 +1,84 @@
+"""Launch scripts: what their commands do to variables, followed or held in doubt."""
+
+import time
+
+import pytest
+
+from seqloom.dialects import translate
+from seqloom.errors import DialectError
+
+LAUNCH = "\npython pretrain.py --tensor-model-parallel-size $TP"
+
+
+@pytest.mark.parametrize(
+    ("script", "tensor"),
+    [
+        ("TP=2\nLONG=0\n[ $LONG = 1 ] && TP=8", 2),
+        ("TP=2\n[ $TP = 2 ] || TP=4", 2),
+        ("TP=2\nfalse && TP=8", 2),
+        ("TP=2\n[ $TP = 2 ] &&\n\nTP=8", 8),
+        ("TP=2\nfalse && { TP=4; } || TP=8", 8),
+        ("X=1; TP=2\nif [ $X = 2 ] && [ $TP = 2 ]; then TP=8; fi", 2),
+        ("TP=2\nif [ $TP -gt 1 ]; then TP=4; else TP=1; fi", 4),
+        ("TP=2\nif ((TP > 3)); then TP=8; fi", 2),
+    ],
+)
+def test_lists_are_decided(script: str, tensor: int) -> None:
+    """Catches the right side of && and || taken whatever the left side is, and tests of numbers left open."""
+    assert translate("megatron", [script + LAUNCH], world=8).plan.tensor == tensor
+
+
+@pytest.mark.parametrize(
+    ("script", "tensor"),
+    [
+        ("TP=2\nlet TP=8", 8),
+        ("TP=2\n((TP*=2))", 4),
+        ("TP=2\n(TP=8)", 2),
+        ("TP=2\nTP=8 echo hi", 2),
+        ("A=(1 2)\nA[1]=4\nTP=${A[1]}", 4),
+        ("declare -A P; P[tp]=4\nTP=${P[tp]}", 4),
+        ("declare -A P=([tp]=4 [pp]=2)\nTP=${P[tp]}", 4),
+        (": ${TP:=2}", 2),
+        ("function log() { echo hi; }\nTP=4\nTP=2", 2),
+        ("function log {\n echo hi\n}\nTP=4\nTP=2", 2),
+        ("TP=2\nsource /usr/local/Ascend/ascend-toolkit/set_env.sh", 2),
+        ("TP=2\nfor ((i=0; i<3; i++)); do echo $i; done\nTP=4", 4),
+    ],
+)
+def test_other_ways_to_set_a_variable(script: str, tensor: int) -> None:
+    """Catches a variable that is set otherwise than by NAME=value, one that leaks from a subshell, and a function
+    that leaves all after it in doubt."""
+    assert translate("megatron", [script + LAUNCH], world=8).plan.tensor == tensor
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "TP=2\ntest -f /etc/foo && TP=8",
+        "TP=2\n[[ $TP > 5 ]] && TP=8",
+        "TP=2\nif [[ $X = 2 && $TP = 2 ]]; then TP=8; fi",
+        "test -f x && TP=8\nTP=${TP:-1}",
+        "TP=2\nunset TP",
+        "TP=2\nread TP",
+        "TP=2\neval TP=4",
+        "TP=2\nsource env.sh",
+        "TP=2\nlet TP=TP2[0]++",
+        "A=(2 4)\nA[$I]=8\nTP=${A[1]}",
+        "TP=2\ncase $1 in\n a|b) TP=4;;\n --tp) TP=8;;\nesac",
+    ],
+)
+def test_what_is_not_known_is_refused(script: str) -> None:
+    """Catches a value taken though a command that is not run may have changed it."""
+    with pytest.raises(DialectError, match="write its value"):
+        translate("megatron", [script + LAUNCH], world=8)
+
+
+def test_long_scripts_are_read_quickly() -> None:
+    """Catches work that grows with the square of a script: nested ifs, sums, and words on one line."""
+    start = time.process_time()
+    for script in ("if a\n" * 10_000, "X=$((1+1))\n" * 3_000, "python a.py " + "--a " * 12_000):
+        try:
+            translate("megatron", [script], world=8)
+        except DialectError as error:
+            assert "\n" not in str(error)
+    assert time.process_time() - start < 2
