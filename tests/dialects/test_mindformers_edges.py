@@ -95,3 +95,22 @@ def test_one_option_is_told_one_thing() -> None:
     steps = "parallel_config: {pipeline_stage: 2, micro_batch_num: 4}\nrunner_config: {gradient_accumulation_steps: 8}"
     notes = [n.verdict for n in translate("mindformers", [steps]).notes if n.option.endswith("accumulation_steps")]
     assert notes == ["changed"]
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"), [("qwen2_5_72b", 8192), ("llama3_1_8b", 4096), ("deepseek3_671b", 7168), ("qwen2_5_0_5b", 896)]
+)
+def test_names_without_dots(name: str, hidden: int) -> None:
+    """Catches a known model that is not found where its version is written with underscores."""
+    found = translate("mindformers", [f"parallel_config: {{}}\ntrainer: {{model_name: {name}}}"])
+    assert found.model is not None and found.model["hidden_size"] == hidden
+
+
+def test_the_numbers_of_a_file_win_over_its_name() -> None:
+    """Catches a width of the named model where the file says another, and a name called known that is not."""
+    text = "parallel_config: {}\ntrainer: {model_name: %s}\nmodel: {model_config: {hidden_size: 1024}}"
+    found = translate("mindformers", [text % "qwen1.5_72b"]).model
+    assert found is not None and (found["hidden_size"], found["num_hidden_layers"]) == (1024, 80)
+    bloom = translate("mindformers", [text % "bloom_7b1"]).model
+    assert bloom is not None and (bloom["hidden_size"], bloom["n_layer"]) == (1024, 30)
+    assert note("mindformers", text % "qwen2_57b", "trainer.model_name").verdict == "changed"

@@ -22,10 +22,13 @@ def settings(source: Source) -> dict[str, Any] | None:
     They are its top-level names, or the keys of a dict that is assigned there and holds `parallel`.
     """
     named = {name: source.value(value) for name, value in source.assignments()}
-    for value in named.values():
+    doubt = {name: Unread(name, "it is changed after it is made, and no file is run here") for name in source.changed}
+    for name, value in named.items():
         if isinstance(value, dict) and "parallel" in value:
-            named = {**{key: other for key, other in named.items() if other is not value}, **value}
+            inner = dict.fromkeys(value, doubt[name]) if name in doubt else value
+            named = {**{key: other for key, other in named.items() if other is not value}, **inner}
             break
+    named |= {name: doubt[name] for name in named if name in doubt}
     return dict(flatten(named)) if "parallel" in named else None
 
 

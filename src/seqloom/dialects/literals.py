@@ -18,10 +18,16 @@ MOST_STEPS = 10_000
 
 @dataclass(frozen=True)
 class Source:
-    """A Python file: its tree, and the names it binds once to a value that is written out; `steps` counts reading."""
+    """A Python file: its tree, and the names it binds once to a value that is written out; `steps` counts reading.
+
+    changed: names whose value is changed after it is made, or bound where that is not decided. aliases: what else
+    the file calls an imported name.
+    """
 
     tree: ast.Module
     constants: Mapping[str, ast.expr]
+    changed: frozenset[str] = frozenset()
+    aliases: Mapping[str, str] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
@@ -34,17 +40,24 @@ class Source:
             raise DialectError(f"The settings cannot be read: {error}.") from error
         if count > MOST_NODES or not isinstance(tree, ast.Module):
             raise DialectError(f"The file holds more than {MOST_NODES:,} nodes; give the settings of one run.")
-        return cls(tree, _bound_once(tree))
+        changed = _changed(tree)
+        constants = {name: value for name, value in _bound_once(tree).items() if name not in changed}
+        return cls(tree, constants, changed, _aliases(tree))
 
     def calls(self, names: Sequence[str]) -> Iterator[tuple[str, ast.Call]]:
         """(name, call) of every call of one of `names`, however it was imported, in the file's order."""
         found = [
             (node.lineno, name, node)
             for node in ast.walk(self.tree)
-            if isinstance(node, ast.Call) and (name := _last(node.func)) in names
+            if isinstance(node, ast.Call) and (name := self._called(node)) in names
         ]
         for _, name, node in sorted(found, key=lambda one: one[0]):
             yield name, node
+
+    def _called(self, call: ast.Call) -> str:
+        """The name of what a call calls, as it was before the file renamed it."""
+        name = _last(call.func)
+        return self.aliases.get(name, name) if isinstance(call.func, ast.Name) else name
 
     def value(self, node: ast.AST, depth: int = 0) -> Any:
         """What an expression stands for: literals, sums of them, and names bound once to such; else Unread."""
@@ -84,6 +97,8 @@ class Source:
             return combine(node.op, left, right)
         if isinstance(node, ast.Name) and node.id in self.constants:
             return self._value(self.constants[node.id], depth + 1)
+        if isinstance(node, ast.Name) and node.id in self.changed:
+            raise ValueError(f"{node.id} is changed after it is made")
         raise ValueError("it is not a literal")
 
     def _pairs(self, node: ast.Dict, depth: int) -> Iterator[tuple[str, Any]]:
@@ -157,6 +172,65 @@ def _bound_once(tree: ast.Module) -> dict[str, ast.expr]:
         elif isinstance(node, ast.alias):
             times[node.asname or node.name] = 2
     return {name: value for name, value in values.items() if times.get(name) == 1}
+
+
+_CHANGING = frozenset(
+    ["update", "pop", "popitem", "setdefault", "clear", "append", "extend", "insert", "remove", "sort", "reverse"]
+)
+"""Methods by which a dict or list changes in place."""
+
+
+def _changed(tree: ast.Module) -> frozenset[str]:
+    """Names whose value something of the file changes in place, and those that are bound to the same value."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
+            found.add(_root(node))
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGING:
+            found.add(_root(node.func))
+        elif isinstance(node, ast.AugAssign):
+            found.add(_root(node.target))
+    top = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in tree.body:
+        if isinstance(node, (ast.If, ast.For, ast.While, ast.With, ast.Try)):
+            stored = [each for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
+            found |= {each.id for each in stored if each.id in top}
+    same = [
+        (node.targets[0].id, node.value.id)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Name)
+    ]
+    for _ in range(8):
+        found |= {pair[which] for pair in same for which in (0, 1) if pair[1 - which] in found}
+    return frozenset(found - {""})
+
+
+def _aliases(tree: ast.Module) -> dict[str, str]:
+    """What imports and plain assignments call another name."""
+    found = {
+        alias.asname: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if alias.asname
+    }
+    for name, value in _bound_once(tree).items():
+        if isinstance(value, (ast.Name, ast.Attribute)) and name not in found:
+            found[name] = _last(value)
+    return found
+
+
+def _root(node: ast.expr) -> str:
+    """The name that `a.b[c].d` starts from; empty where it starts from something else."""
+    while isinstance(node, (ast.Subscript, ast.Attribute)):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def _last(node: ast.expr) -> str:

@@ -54,12 +54,10 @@ def model_of(ledger: Ledger, title: str) -> dict[str, Any] | None:
     ]
     text = " ".join(str(name) for name in [*names, title] if isinstance(name, str))
     named = by_name(str(names[0] or "")) or by_name(text)
-    ledger.mapped("It names the model.", "trainer.model_name", "trainer.type")
+    ledger.mapped("It names the trainer.", "trainer.type")
     if not {"hidden_size", "num_hidden_layers", "num_attention_heads"} <= set(sizes):
-        if named:
-            ledger.note("model", "mapped", f"Known by name as {named[0]}.{_qwen(named[0])}", value=named[0])
-            ledger.mapped(f"As {named[0]} has it, where it agrees.", *found.values())
-        return named[1] if named else None
+        return _by_name(ledger, named, found, sizes)
+    ledger.mapped("It names the model.", "trainer.model_name")
     kind = _kind(ledger, text, sizes)
     expert = as_whole(ledger.given.get("moe_config.expert_num"))
     if expert and expert > 1 and kind in ("llama", "mistral"):
@@ -76,6 +74,42 @@ def model_of(ledger: Ledger, title: str) -> dict[str, Any] | None:
             ledger.mapped("It enters `model`.", name)
     ledger.mapped("It enters `model`.", *found.values())
     return family(config["model_type"], config)
+
+
+def _by_name(
+    ledger: Ledger, named: tuple[str, dict[str, Any]] | None, found: dict[str, str], sizes: dict[str, int]
+) -> dict[str, Any] | None:
+    """The model of a name, where the file's own numbers win over those that the name stands for."""
+    if named is None:
+        why = "Not a model that is known here, and its sizes are not all said; give its configuration."
+        ledger.changed(why, "trainer.model_name", *found.values())
+        return None
+    ledger.mapped("It names the model.", "trainer.model_name")
+    ledger.note("model", "mapped", f"Known by name as {named[0]}.{_qwen(named[0])}", value=named[0])
+    general = full(named[1])
+    other = {key: value for key, value in sizes.items() if key in general and general[key] != value}
+    for key, name in found.items():
+        if key in other:
+            ledger.mapped(f"It enters `model`, where {named[0]} has {general[key]:,}.", name)
+        elif key in general:
+            ledger.mapped(f"As {named[0]} has it.", name)
+        else:
+            ledger.changed(f"{named[0]} has no {key}; it does not enter `model`.", name)
+    numbers = {
+        key: ledger.number(name)
+        for key, names in _NUMBERS.items()
+        if named[1]["model_type"] not in ("bloom", "gpt2") and (name := find(ledger, *names))
+    }
+    ledger.mapped("It enters `model`.", *(find(ledger, *_NUMBERS[key]) or "" for key in numbers))
+    if not other and not numbers:
+        return named[1]
+    kind = named[1]["model_type"]
+    return family(kind, {**{key: value for key, value in general.items() if key not in _own(kind)}, **other, **numbers})
+
+
+def _own(kind: str) -> set[str]:
+    """The names under which a family has its sizes where they are its own."""
+    return set(family(kind, dict.fromkeys(_SIZES, 0))) - set(_SIZES) - {"model_type"}
 
 
 def _agrees(config: dict[str, Any], sizes: dict[str, int]) -> bool:

@@ -112,7 +112,49 @@ _LAYOUT = {
 """The keys of the sections that hold a layout; a misspelt one must not pass by unseen."""
 
 _MODEL_NOTHING = frozenset(
-    ["type", "model_type", "arch", "batch_size", "bos_token_id", "eos_token_id", "pad_token_id", "ignore_token_id", "compute_dtype", "layernorm_compute_type", "layernorm_compute_dtype", "softmax_compute_type", "softmax_compute_dtype", "rotary_dtype", "param_init_type", "params_dtype", "use_past", "block_size", "num_blocks", "is_dynamic", "qkv_concat", "checkpoint_name_or_path", "repetition_penalty", "max_decode_length", "max_new_tokens", "top_k", "top_p", "temperature", "do_sample", "parallel_optimizer", "fine_grain_interleave", "use_kvcache_op", "is_flexible_shape", "auto_map", "return_dict", "architectures", "use_fused_rope", "use_fused_swiglu", "apply_rope_fusion", "bias_swiglu_fusion", "moe_permute_fusion"]
+    [
+        "type",
+        "model_type",
+        "arch",
+        "batch_size",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "ignore_token_id",
+        "compute_dtype",
+        "layernorm_compute_type",
+        "layernorm_compute_dtype",
+        "softmax_compute_type",
+        "softmax_compute_dtype",
+        "rotary_dtype",
+        "param_init_type",
+        "params_dtype",
+        "use_past",
+        "block_size",
+        "num_blocks",
+        "is_dynamic",
+        "qkv_concat",
+        "checkpoint_name_or_path",
+        "repetition_penalty",
+        "max_decode_length",
+        "max_new_tokens",
+        "top_k",
+        "top_p",
+        "temperature",
+        "do_sample",
+        "parallel_optimizer",
+        "fine_grain_interleave",
+        "use_kvcache_op",
+        "is_flexible_shape",
+        "auto_map",
+        "return_dict",
+        "architectures",
+        "use_fused_rope",
+        "use_fused_swiglu",
+        "apply_rope_fusion",
+        "bias_swiglu_fusion",
+        "moe_permute_fusion",
+    ]
 )
 """Keys of a model that are about kernels, types beside the computing one, tokens or inference."""
 
@@ -161,7 +203,7 @@ def _off_or(name: str, value: object) -> tuple[Verdict, str]:
     if key in _SPLIT and name not in BY_NAME:
         return ("no effect", "Off.") if _is_off(value) else ("changed", _SPLIT[key])
     verdict, why = untouched(name)
-    off = value in (None, False) or (value == 0 and name.startswith(("model.", "moe_config.")))
+    off = value in (None, False, {}) or (value == 0 and name.startswith(("model.", "moe_config.")))
     return ("no effect", "Off.") if verdict == "changed" and off else (verdict, why)
 
 

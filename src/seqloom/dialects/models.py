@@ -139,6 +139,9 @@ _ALIASES = {
     "gpt-13b": "gpt3-13b",
     "mixtral": "mixtral-8x7b",
     "deepseek3": "deepseek-v3",
+    "deepseek3-671b": "deepseek-v3",
+    "deepseek-v3-671b": "deepseek-v3",
+    "deepseek-v2-236b": "deepseek-v2",
     "deepseek2": "deepseek-v2",
     "deepseek-llm-7b": "deepseek-7b",
     "deepseek-llm-67b": "deepseek-67b",
@@ -154,7 +157,7 @@ def by_name(text: str) -> tuple[str, dict[str, Any]] | None:
     >>> by_name("meta-llama/Llama-2-7b-hf")[0], by_name("pretrain_qwen1.5_14b_ptd.sh")[0]
     ('llama2-7b', 'qwen1.5-14b')
     """
-    squeezed = _squeezed(text[:4096])
+    squeezed = _squeezed(_dotted(text[:4096].lower()))
     found: list[tuple[int, str]] = []
     for name in (*(row[0] for row in _TABLE), *_ALIASES):
         key = _squeezed(name)
@@ -229,6 +232,12 @@ _DROPPED = {
 
 def _config(base: Mapping[str, Any], sizes: tuple[int, ...]) -> dict[str, Any]:
     return family(base["model_type"], {**base, **dict(zip(_KEYS, sizes, strict=True))})
+
+
+def _dotted(text: str) -> str:
+    """A name whose version and size are written without dots, with them: qwen2_5_0_5b is qwen2.5_0.5b."""
+    text = re.sub(r"(?<=[a-z]\d)[_-](?=\d[_-])", ".", text)
+    return re.sub(r"(?<=[_-]0)[_-](?=\d+b)", ".", text)
 
 
 def _squeezed(text: str) -> str:

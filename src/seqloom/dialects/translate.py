@@ -47,7 +47,7 @@ def translate(
     path = _file(settings)
     text = None if path is None else _text(path)
     return DIALECTS[dialect](
-        text if text is not None else settings[0] if len(settings) == 1 else list(settings),
+        text if text is not None else settings[0].removeprefix("\ufeff") if len(settings) == 1 else list(settings),
         world=world,
         version=version,
         keep_order=keep_order,
@@ -77,6 +77,6 @@ def _text(path: Path) -> str:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise DialectError(f"{path} is larger than {MOST_BYTES:,} bytes; give the settings of one run.")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DialectError(f"{path} cannot be read as text ({' '.join(str(error).split())}).") from error
