@@ -46,3 +46,67 @@ def test_a_list_that_grows_and_a_section_inside() -> None:
 def test_other_names_of_a_plugin(text: str) -> None:
     """Catches a plugin that is not found under the name that the file gives it, or behind a byte order mark."""
     assert translate("colossalai", [text], world=2).plan == Plan(tensor=2, sequence_parallel=False)
+
+
+def verdicts(text: str, world: int) -> dict[str, set[str]]:
+    """What is said of each option."""
+    found: dict[str, set[str]] = {}
+    for each in translate("colossalai", [text], world=world).notes:
+        found.setdefault(each.option, set()).add(each.verdict)
+    return found
+
+
+def test_one_option_is_told_one_thing() -> None:
+    """Catches an option that is honoured and called without effect, or the other way round."""
+    hybrid = verdicts(
+        "HybridParallelPlugin(tp_size=1, pp_size=1, cpu_offload=True, zero_stage=2, microbatch_size=2)", 4
+    )
+    assert hybrid["cpu_offload"] == {"changed"} and hybrid["microbatch_size"] == {"no effect"}
+    assert verdicts("GeminiPlugin(placement_policy='auto')", 4)["placement_policy"] == {"changed"}
+    parts = verdicts("GeminiPlugin(offload_optim_frac=1.0, offload_param_frac=0.0, shard_param_frac=0.5)", 4)
+    assert parts["offload_optim_frac"] == {"changed"} and parts["offload_param_frac"] == {"no effect"}
+    assert parts["shard_param_frac"] == {"changed"}
+
+
+def test_what_changes_numbers_is_said() -> None:
+    """Catches "no effect" for fp8, a policy, an unknown argument; a loss scale and recomputation that are lost."""
+    text = (
+        "HybridParallelPlugin(tp_size=1, pp_size=1, initial_scale=2**10, use_fp8=True, custom_policy=Own(), odd=1)\n"
+        "model.gradient_checkpointing_enable()"
+    )
+    found, said = translate("colossalai", [text], world=2), verdicts(text, 2)
+    assert found.plan.recompute == "full" and found.train["schedule"]["initial_loss_scale"] == 1024
+    assert said["use_fp8"] == said["custom_policy"] == said["odd"] == {"changed"}
+    zero = "parallel = dict(pipeline=1)\nzero = dict(model_config=dict(tensor_placement_policy='cpu'))"
+    assert translate("colossalai", [zero], world=2).plan == Plan(data=2, zero=3, offload=True)
+
+
+def test_a_training_program() -> None:
+    """Catches a batch without its accumulation, recomputation and rate lost, and LoRA that fails there beside tensor."""
+    line = "train_sft.py --plugin zero2 --batch_size 4 --accumulation_steps 4 --use_grad_checkpoint --max_len 512 --lr 1e-5"
+    found = translate("colossalai", [line], world=4)
+    assert found.plan == Plan(data=4, zero=2, recompute="full")
+    assert (found.train["global_batch"], found.train["accumulate"], found.train["sequence_length"]) == (64, 4, 512)
+    assert found.train["schedule"]["learning_rate"] == 1e-5
+    assert "LoRA with a tensor degree of 2" in refusal("colossalai", "train_sft.py --plugin 3d --tp 2 --lora_rank 8", 4)
+    assert verdicts(f"{line} --lora_rank 8 --unheard 1", 4)["--lora_rank"] == {"changed"}
+
+
+def test_what_the_benchmark_takes_where_nothing_is_said() -> None:
+    """Catches a program whose defaults are neither taken nor told, and another program that is given them."""
+    found = translate("colossalai", ["benchmark.py -p 3d --tp 4"], world=8)
+    assert found.model is not None and found.model["model_type"] == "llama"
+    assert (found.train["sequence_length"], found.train["global_batch"]) == (4096, 4)
+    assert translate("colossalai", ["train.py -p 3d --tp 4"], world=8).train["sequence_length"] is None
+
+
+def test_flags_of_another_system() -> None:
+    """Catches a plan of defaults for a script whose flags are Megatron-LM's."""
+    text = "torchrun pretrain_gpt.py --tensor-model-parallel-size 2 --micro-batch-size 1"
+    assert "use `seqloom translate megatron`" in refusal("colossalai", text, 16)
+
+
+def test_layers_for_other_stages() -> None:
+    """Catches a list of stages that the pipeline does not have."""
+    text = "HybridParallelPlugin(tp_size=1, pp_size=2, num_microbatches=2, num_layers_per_stage=[3])"
+    assert "lists 1 stages, and pp_size 2 x num_model_chunks 1 = 2" in refusal("colossalai", text, 2)

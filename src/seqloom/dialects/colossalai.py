@@ -8,7 +8,7 @@ from typing import Any
 
 from seqloom.dialects import colossalai_benchmark, colossalai_legacy
 from seqloom.dialects.colossalai_gemini import gemini
-from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, untouched
+from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, close
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import from_text, from_words
 from seqloom.dialects.ledger import Ledger, Unread, flatten, plain
@@ -54,9 +54,10 @@ def translate(
     ledger, draft = _drafted(name, arguments, world, version)
     _surroundings(ledger, source, draft)
     _optimizer(ledger, source, draft.train["schedule"])
+    again = _recompute(ledger, source, draft)
     model = _model(ledger, source) or draft.model
-    ledger.close(untouched)
-    return conclude(ledger, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
+    close(ledger)
+    return conclude(ledger, Draft({**draft.plan, **again}, model, draft.train, draft.order, draft.peculiar), keep_order)
 
 
 def translate_plugin(name: str, arguments: Mapping[str, Any], *, world: int) -> Translation:
@@ -66,7 +67,7 @@ def translate_plugin(name: str, arguments: Mapping[str, Any], *, world: int) -> 
     reason why there is no plan.
     """
     ledger, draft = _drafted(name, _as_hybrid(name, arguments), world, None)
-    ledger.close(untouched)
+    close(ledger)
     return conclude(ledger, draft, keep_order=draft.peculiar is None)
 
 
@@ -88,9 +89,9 @@ def _drafted(name: str, arguments: Mapping[str, Any], world: int | None, version
         gemini(ledger, world) if name == "GeminiPlugin" else hybrid(ledger, world, version, moe=name.startswith("Moe"))
     )
     for option in arguments:
-        close = get_close_matches(option, PLUGINS.get(name, HYBRID), 1, 0.8)
-        if close and close[0] != option and option not in HYBRID:
-            ledger.refuse(option, f"{option} is no argument of {name} (did you mean '{close[0]}'?).")
+        near = get_close_matches(option, PLUGINS.get(name, HYBRID), 1, 0.8)
+        if near and near[0] != option and option not in HYBRID:
+            ledger.refuse(option, f"{option} is no argument of {name} (did you mean '{near[0]}'?).")
     return ledger, draft
 
 
@@ -125,6 +126,16 @@ def _the_plugin(source: Source, found: Sequence[tuple[str, ast.Call]]) -> tuple[
         lines = ", ".join(f"{name} at line {call.lineno}" for name, call in found)
         raise DialectError(f"The file makes several plugins ({lines}); give a file that makes one.")
     return read[0]
+
+
+def _recompute(ledger: Ledger, source: Source, draft: Draft) -> dict[str, str]:
+    """recompute=full where the program turns it on in its model, wherever the call stands."""
+    for _, call in source.calls(["gradient_checkpointing_enable"]):
+        draft.train["recompute"] = "full"
+        why = f"recompute=full, as the call at line {call.lineno} says; the result is the same."
+        ledger.note("gradient_checkpointing_enable", "mapped", why)
+        return {"recompute": "full"}
+    return {}
 
 
 def _surroundings(ledger: Ledger, source: Source, draft: Draft) -> None:

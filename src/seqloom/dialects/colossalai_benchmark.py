@@ -3,12 +3,14 @@
 from typing import Any
 
 from seqloom.dialects.colossalai_gemini import gemini
-from seqloom.dialects.colossalai_options import untouched
+from seqloom.dialects.colossalai_options import close
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import CommandLine
 from seqloom.dialects.ledger import Ledger
+from seqloom.dialects.megatron_options import LAYOUT
 from seqloom.dialects.models import by_name
 from seqloom.dialects.translation import Draft, Translation, conclude
+from seqloom.errors import DialectError
 
 _SHORT = {
     "-c": "--config",
@@ -16,6 +18,8 @@ _SHORT = {
     "-b": "--batch_size",
     "-l": "--max_length",
     "-g": "--grad_checkpoint",
+    "--use_grad_checkpoint": "--grad_checkpoint",
+    "--max_len": "--max_length",
 }
 _PLUGIN = {
     "tp_size": ("--tp",),
@@ -45,6 +49,7 @@ def translate(
     long = {_SHORT.get(name, name): value for name, value in line.options.items()}
     outer = Ledger(long)
     program = line.program or title
+    _no_other_system(outer)
     moe = "--ep" in long or any(word in program for word in ("deepseek", "mixtral"))
     plugin = outer.word("--plugin", PLUGINS, "3d" if moe else "gemini") or "3d"
     outer.mapped(f"The {plugin} plugin.", "--plugin")
@@ -65,8 +70,8 @@ def translate(
         flag = next((flag for flag in _PLUGIN.get(note.option, ()) if flag in long), note.option)
         outer.note(flag, note.verdict, note.why, value=note.value)
     outer.reasons += inner.reasons
-    model = _finish(outer, draft, program)
-    outer.close(untouched)
+    model = _finish(outer, draft, program, moe)
+    close(outer)
     for name, value in line.launcher.items():
         outer.note(name, "no effect", "It is the launcher's.", value=getattr(value, "text", value))
     for word in line.stray:
@@ -74,6 +79,12 @@ def translate(
     for name, value in line.unused.items():
         outer.note(name, "no effect", "Set in the script, and not among the program's flags.", value=value)
     return conclude(outer, Draft(draft.plan, model, draft.train, draft.order, draft.peculiar), keep_order)
+
+
+def _no_other_system(outer: Ledger) -> None:
+    """Refuse the flags of Megatron-LM, none of which a program of Colossal-AI has."""
+    if theirs := [name for name in LAYOUT if name in outer and name not in ("--zero-stage",)]:
+        raise DialectError(f"{theirs[0]} is a flag of Megatron-LM and its kin; use `seqloom translate megatron`.")
 
 
 def _draft(inner: Ledger, plugin: str, world: int | None, version: str | None, moe: bool) -> Draft:
@@ -130,17 +141,55 @@ def _arguments(outer: Ledger, long: dict[str, Any], plugin: str, moe: bool) -> d
     return found
 
 
-def _finish(outer: Ledger, draft: Draft, program: str) -> dict[str, Any] | None:
+_DEFAULTS: dict[str, Any] = {"--config": "7b", "--batch_size": 2, "--max_length": 4096}
+"""What Llama's benchmark takes where nothing is said; those of the MoE models differ in two."""
+
+
+def _defaults(outer: Ledger, program: str, moe: bool) -> dict[str, Any]:
+    """What the benchmark program takes where nothing is said; nothing for any other program."""
+    if program.rpartition("/")[2] != "benchmark.py":
+        return {}
+    found = {name: value for name, value in _DEFAULTS.items() if name not in outer}
+    found |= {name: value for name, value in (("--config", "100m"), ("--batch_size", 1)) if moe and name in found}
+    for name, value in found.items():
+        outer.note(name, "mapped", f"Not said: {value}, the program's default.", value=value)
+    return found
+
+
+def _schedule(outer: Ledger, train: dict[str, Any], tensor: int) -> None:
+    """What training programs say beside the plugin: rates, accumulation, adapters."""
+    flags = {"--lr": "learning_rate", "--weight_decay": "weight_decay", "--grad_clip": "clip"}
+    for flag, key in flags.items():
+        if (value := outer.number(flag)) is not None:
+            train["schedule"][key] = value
+            outer.mapped(f"train.schedule.{key}.", flag)
+    for flag in ("--lora_rank", "--enable_lora"):
+        on = bool(outer.get(flag)) and str(outer.get(flag)) not in ("0", "false", "False")
+        if on and tensor > 1:
+            outer.refuse(flag, f"LoRA with a tensor degree of {tensor} is refused there; use --tp 1.")
+        outer.each(
+            "changed" if on else "no effect",
+            "There are no adapters; all weights are trained." if on else "Off.",
+            (flag,),
+        )
+
+
+def _finish(outer: Ledger, draft: Draft, program: str, moe: bool) -> dict[str, Any] | None:
     """Batch, length and model."""
     data, train = draft.plan["data"], draft.train
-    batch = outer.whole("--batch_size", 0) or None
-    train["sequence_length"] = outer.whole("--max_length", 0) or None
+    taken = _defaults(outer, program, moe)
+    _schedule(outer, train, draft.plan.get("tensor", 1))
+    batch = taken.get("--batch_size") or outer.whole("--batch_size", 0) or None
+    train["sequence_length"] = taken.get("--max_length") or outer.whole("--max_length", 0) or None
     outer.mapped("train.sequence_length.", "--max_length")
     if batch:
         micro = train.get("micro_batch") if draft.plan.get("pipeline", 1) > 1 else None
         train["micro_batch"], train["accumulate"] = micro or batch, max(1, batch // (micro or batch))
-        train["global_batch"] = batch * data
-        outer.mapped(f"Rows on each of {data} data ranks: a batch of {batch * data}.", "--batch_size")
+        several = outer.whole("--accumulation_steps")
+        train["accumulate"] *= several
+        train["global_batch"] = batch * data * several
+        outer.mapped(f"Rows on each of {data} data ranks: a batch of {batch * data * several}.", "--batch_size")
+        outer.mapped("Micro-batches of a step.", "--accumulation_steps")
     if outer.flag("--grad_checkpoint"):
         train["recompute"] = "full"
         draft.plan["recompute"] = "full"  # type: ignore[index]
@@ -150,12 +199,13 @@ def _finish(outer: Ledger, draft: Draft, program: str) -> dict[str, Any] | None:
             "Their numbers of recomputed layers are of one model on four stages; write recompute= and stages=.",
             "--custom-ckpt",
         )
-    value = outer.get("--config")
+    value = taken.get("--config") or outer.get("--config")
     name = value if isinstance(value, str) else None
     family = "deepseek" if "deepseek" in program else "mixtral" if "mixtral" in program else "llama2"
     found = by_name(name or "") or by_name(f"{family}-{name}") if name else None
     if found:
         outer.mapped(f"Known as {found[0]}.", "--config")
         return found[1]
-    outer.changed("Not a model that is known here; give its configuration.", "--config")
+    if name:
+        outer.note("--config", "changed", "Not a model that is known here; give its configuration.", value=name)
     return None

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqloom.dialects.colossalai_plugin import data_degree
+from seqloom.dialects.colossalai_plugin import data_degree, first_scale
 from seqloom.dialects.ledger import Ledger
 from seqloom.dialects.translation import OURS, Draft
 
@@ -39,7 +39,7 @@ def gemini(ledger: Ledger, world: int | None) -> Draft:
         "ramp_up": None,
         "recompute": "none",
         "precision": "float32" if precision == "fp32" else precision,
-        "schedule": {"clip": clip} if clip else {},
+        "schedule": ({"clip": clip} if clip else {}) | first_scale(ledger, precision),
     }
     peculiar = "shares of ZeRO spread over ranks that are extra_dp_size apart" if replicas > 1 else None
     return Draft(fields, None, train, OURS, peculiar)
@@ -55,7 +55,8 @@ def _placement(ledger: Ledger) -> dict[str, Any]:
         ledger.mapped("zero=2: no parameters are shared out.", "shard_param_frac")
     elif share != 1:
         ledger.changed("zero=3 shares all parameters out, not a part of them.", "shard_param_frac")
-    ledger.mapped("zero=3.", "shard_param_frac")
+    else:
+        ledger.mapped("zero=3.", "shard_param_frac")
     fractions = {name: ledger.number(name, 0.0) for name in ("offload_optim_frac", "offload_param_frac")}
     asked = [name for name, value in fractions.items() if value]
     if policy in ("auto", "cpu") or (policy == "static" and asked):
@@ -64,7 +65,8 @@ def _placement(ledger: Ledger) -> dict[str, Any]:
             ledger.changed(
                 "offload=true: parameters, gradients and the optimizer's state wait in host memory.", "placement_policy"
             )
-        ledger.changed("offload=true moves all of it to host memory, not a part.", *asked)
-    ledger.mapped("Parameters stay on the device.", "placement_policy")
-    ledger.no_effect("Nothing is moved to host memory by it.", *fractions)
+        ledger.changed("offload=true moves parameters, gradients and the optimizer's state to host memory.", *asked)
+    where = "As the fractions say." if asked else "Parameters stay on the device."
+    ledger.mapped(where, *(() if ledger.noted("placement_policy") else ("placement_policy",)))
+    ledger.no_effect("It moves nothing to host memory.", *(name for name in fractions if not ledger.noted(name)))
     return found

@@ -48,7 +48,14 @@ def translate(given: Mapping[str, Any], *, world: int | None, keep_order: bool) 
     fields |= {"pipeline": pipeline, "data": data}
     if zero := [name for name in given if name.startswith("zero.")]:
         fields["zero"] = 3
-        ledger.mapped("zero=3: their `zero` section shares out parameters too.", *zero)
+        places = [name for name in zero if name.rpartition(".")[2] in ("tensor_placement_policy", "device")]
+        if hosted := [name for name in places if given[name] in ("cpu", "auto")]:
+            fields["offload"] = True
+            ledger.changed(
+                "offload=true: parameters, gradients and the optimizer's state wait in host memory.", *hosted
+            )
+        rest = [name for name in zero if name not in hosted]
+        ledger.mapped("zero=3: their `zero` section shares out parameters too.", *rest)
     recompute = next((name for name in given if name.endswith("checkpoint") and given[name] is True), None)
     if recompute:
         fields["recompute"] = "full"

@@ -1,6 +1,6 @@
 """The options of Colossal-AI's plugins, benchmark programs and configuration files, by what becomes of them."""
 
-from seqloom.dialects.ledger import Verdict
+from seqloom.dialects.ledger import Ledger, Verdict
 
 HYBRID = [
     "tp_size",
@@ -108,6 +108,8 @@ _GEMINI = "It tunes Gemini's chunks and memory; seqloom shards each layer's para
 _FP8 = "seqloom neither computes nor sends in fp8; numbers are those of the precision."
 _MEASURE = "It is about the measurement or its data; it does not enter the plan."
 
+_GIVEN = "Data, weights and what a run saves are given the seqloom way."
+
 _GROUPS = {
     _KERNEL: "enable_jit_fused enable_fused_normalization enable_metadata_cache -x --xformers",
     _SCALER: "initial_scale min_scale growth_factor backoff_factor growth_interval hysteresis max_scale",
@@ -124,7 +126,10 @@ _GROUPS = {
         "min_chunk_size_m memstats gpu_margin_mem_ratio norm_type verbose --prefetch_num --no_cache -w --warmup_ratio "
         "-m --memory_limit"
     ),
-    _FP8: "fp8_communication use_fp8 --use_fp8_comm --use_fp8",
+    _GIVEN: (
+        "--dataset --pretrain --tokenizer_dir --save_path --save_dir --save_interval --checkpoint_path --config_file "
+        "--log_dir --log_interval --load_checkpoint --num_workers --use_wandb --wandb"
+    ),
     _MEASURE: "-s --num_steps -i --ignore_steps --profile --nsys --debug",
 }
 
@@ -141,7 +146,7 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
         "The loss is always computed on each rank's own tokens or part of the vocabulary.",
     ),
     "make_vocab_size_divisible_by": ("no effect", "A vocabulary of any size is split, without padding."),
-    "custom_policy": ("no effect", "Models are split by seqloom's own plans of their family."),
+    "custom_policy": ("changed", "It is not read; models are split by seqloom's own plans of their family."),
     "gradient_checkpoint_config": (
         "no effect",
         "It refines recomputation that the model switches on; set recompute= in the plan.",
@@ -158,6 +163,21 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
 """Options with a sentence of their own."""
 
 _REASONS = {name: why for why, names in _GROUPS.items() for name in names.split()}
+
+
+def close(ledger: Ledger) -> None:
+    """Note every option of a plugin or command line that no rule reads; an unknown one may change anything."""
+    ledger.close(lambda name: _off_or(name, ledger.given[name]))
+
+
+def _off_or(name: str, value: object) -> tuple[Verdict, str]:
+    if name in ("fp8_communication", "use_fp8", "--use_fp8_comm", "--use_fp8"):
+        return ("changed", _FP8) if value else ("no effect", "Off.")
+    if name == "custom_policy" and value is None:
+        return "no effect", "None is given."
+    if name in BY_NAME or name in _REASONS or name in HYBRID or name in GEMINI or name in MOE:
+        return untouched(name)
+    return "changed", "Not an option that is known here; it does not enter the plan."
 
 
 def untouched(name: str) -> tuple[Verdict, str]:

@@ -44,7 +44,7 @@ def hybrid(ledger: Ledger, world: int | None, version: str | None = None, *, moe
             fields |= {"expert": expert, "expert_tensor": tensor}
             if pipeline > 1 or sequence > 1:
                 peculiar = "experts spread over data ranks alone, between the pipeline and the sequence ranks"
-    return Draft(fields, None, _train(ledger, data), _rank_order(ledger, mode), peculiar)
+    return Draft(fields, None, _train(ledger, data, pipeline), _rank_order(ledger, mode), peculiar)
 
 
 def _degree(ledger: Ledger, name: str) -> int:
@@ -171,7 +171,8 @@ def _zero(ledger: Ledger, pipeline: int, moe: bool) -> dict[str, Any]:
     if ledger.flag("cpu_offload"):
         found["offload"] = True
         ledger.changed("offload=true: parameters and gradients wait in host memory too.", "cpu_offload")
-    ledger.no_effect("Off.", "cpu_offload")
+    else:
+        ledger.no_effect("Off.", "cpu_offload")
     return found
 
 
@@ -181,7 +182,7 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
     style = ledger.word("pp_style", ("1f1b", "interleaved", "zbv"), "1f1b")
     chunks = ledger.whole("num_model_chunks")
     if pipeline == 1:
-        ledger.no_effect("There is one pipeline rank.", *names)
+        ledger.no_effect("There is one pipeline rank, and a batch goes through it whole.", *names)
         return {}
     found: dict[str, Any] = {"schedule": style}
     wanted = {"1f1b": chunks == 1, "interleaved": chunks > 1, "zbv": chunks == 2}[style or "1f1b"]
@@ -196,6 +197,12 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
     if layers is not None:
         if not isinstance(layers, list) or not all(type(each) is int and each >= 0 for each in layers) or not layers:
             ledger.refuse("num_layers_per_stage", "num_layers_per_stage is no list of whole numbers; write one.")
+        elif len(layers) != pipeline * chunks:
+            ledger.refuse(
+                "num_layers_per_stage",
+                f"num_layers_per_stage lists {len(layers)} stages, and pp_size {pipeline} x num_model_chunks {chunks} "
+                f"= {pipeline * chunks}; make it as long.",
+            )
         else:
             found["stages"] = "-".join(map(str, layers))
             ledger.mapped(f"stages={found['stages']}.", "num_layers_per_stage")
@@ -208,15 +215,18 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
     return found
 
 
-def _train(ledger: Ledger, data: int) -> dict[str, Any]:
+def _train(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
     accumulate = ledger.whole("num_microbatches", 0) or None
     micro = ledger.whole("microbatch_size", 0) or None
-    ledger.mapped("Micro-batches of a step.", "num_microbatches")
-    ledger.each(
-        "no effect" if accumulate else "mapped",
-        "num_microbatches wins." if accumulate else "Rows of a micro-batch.",
-        ("microbatch_size",),
-    )
+    if pipeline == 1:
+        accumulate = micro = None
+    else:
+        ledger.mapped("Micro-batches of a step.", "num_microbatches")
+        ledger.each(
+            "no effect" if accumulate else "mapped",
+            "num_microbatches wins." if accumulate else "Rows of a micro-batch.",
+            ("microbatch_size",),
+        )
     clip = ledger.number("max_norm", 0.0)
     precision = ledger.word("precision", ("fp16", "bf16", "fp32"), "fp16") or "fp16"
     ledger.mapped("train.precision.", "precision")
@@ -230,8 +240,19 @@ def _train(ledger: Ledger, data: int) -> dict[str, Any]:
         "ramp_up": None,
         "recompute": "none",
         "precision": "float32" if precision == "fp32" else precision,
-        "schedule": {"clip": clip} if clip else {},
+        "schedule": ({"clip": clip} if clip else {}) | first_scale(ledger, precision),
     }
+
+
+def first_scale(ledger: Ledger, precision: str) -> dict[str, float]:
+    """What fp16 multiplies losses by at first, where that is said; the rest of their scaler is not taken over."""
+    scale = ledger.number("initial_scale")
+    if precision != "fp16":
+        return {}
+    rest = ("min_scale", "max_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis")
+    ledger.changed("seqloom's loss scale grows and shrinks by its own rule; see train.loss_scale_window.", *rest)
+    ledger.mapped("train.initial_loss_scale.", "initial_scale")
+    return {"initial_loss_scale": scale} if scale is not None else {}
 
 
 def _rank_order(ledger: Ledger, mode: str | None) -> tuple[str, ...]:
