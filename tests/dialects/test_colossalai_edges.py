@@ -82,8 +82,9 @@ def test_what_changes_numbers_is_said() -> None:
 
 
 def test_a_training_program() -> None:
-    """Catches a batch without its accumulation, recomputation and rate lost, and LoRA that fails there beside tensor."""
-    line = "train_sft.py --plugin zero2 --batch_size 4 --accumulation_steps 4 --use_grad_checkpoint --max_len 512 --lr 1e-5"
+    """Catches a batch without its accumulation, recomputation and rate lost, and LoRA that fails there beside TP."""
+    line = "train_sft.py --plugin zero2 --batch_size 4 --accumulation_steps 4 --use_grad_checkpoint --lr 1e-5"
+    line += " --max_len 512"
     found = translate("colossalai", [line], world=4)
     assert found.plan == Plan(data=4, zero=2, recompute="full")
     assert (found.train["global_batch"], found.train["accumulate"], found.train["sequence_length"]) == (64, 4, 512)
@@ -110,3 +111,9 @@ def test_layers_for_other_stages() -> None:
     """Catches a list of stages that the pipeline does not have."""
     text = "HybridParallelPlugin(tp_size=1, pp_size=2, num_microbatches=2, num_layers_per_stage=[3])"
     assert "lists 1 stages, and pp_size 2 x num_model_chunks 1 = 2" in refusal("colossalai", text, 2)
+
+
+def test_a_configuration_that_is_changed_after_it_is_made() -> None:
+    """Catches the model of a configuration as it was before the program changed it."""
+    text = "HybridParallelPlugin(tp_size=1, pp_size=1)\nc = LlamaConfig(num_hidden_layers=4)\nc.num_hidden_layers = 8"
+    assert translate("colossalai", [text], world=1).model is None

@@ -12,7 +12,7 @@ from seqloom.plan import Plan
 def test_numbers_without_end() -> None:
     """Catches gigabytes for a list of stages, and a traceback from a number Python writes in no digits."""
     text = "parallel_config: {pipeline_stage: 900000000}\nrecompute_config: {recompute: 3}"
-    assert "not a whole number from 1 to 1,000,000" in refusal("mindformers", text)
+    assert "not a whole number from 1 to 65,536" in refusal("mindformers", text)
     assert "bits" in refusal("mindformers", f"parallel_config: {{model_parallel: {'1:' + '59:' * 8000}59}}")
     odd = f"parallel_config: {{data_parallel: 1}}\nx: {{? {'1:' + '59:' * 3000}59 : {'1:' + '59:' * 3000}59}}"
     assert translate("mindformers", [odd]).plan == Plan()
@@ -31,6 +31,16 @@ def test_files_that_are_slow_to_read(text: str) -> None:
     [
         ("parallel_config: {data_parallel: 4, model_paralel: 2}", "did you mean 'model_parallel'?"),
         ("parallelism: {tensor_paralel: 2}", "did you mean 'tensor_parallel'?"),
+        (
+            "parallel_config: {}\nparallel: {enable_paralel_optimizer: True}",
+            "did you mean 'enable_parallel_optimizer'?",
+        ),
+        ("parallel_config: {}\nrecompute_config: {recomput: True}", "did you mean 'recompute'?"),
+        ("parallel: 3", "not a section"),
+        (
+            "parallel_config: {}\nmodel: {model_config: {hidden_size: 64, num_layers: 1000000000000, num_heads: 4}}",
+            "layers is not read",
+        ),
         ("parallel_config: 3", "parallel_config is '3', not a section"),
         ("parallel_config: [1, 2]", "not a section"),
         ("parallelism: {context_parallel: 4, context_parallel_method: hybrid}", "needs ulysses_degree_in_cp"),
@@ -114,3 +124,10 @@ def test_the_numbers_of_a_file_win_over_its_name() -> None:
     bloom = translate("mindformers", [text % "bloom_7b1"]).model
     assert bloom is not None and (bloom["hidden_size"], bloom["n_layer"]) == (1024, 30)
     assert note("mindformers", text % "qwen2_57b", "trainer.model_name").verdict == "changed"
+
+
+def test_tied_embeddings_and_wide_heads() -> None:
+    """Catches a model of other weights than the file describes."""
+    sizes = "hidden_size: 64, num_layers: 4, num_heads: 4, head_dim: 32, tie_word_embeddings: True"
+    found = translate("mindformers", [f"parallel_config: {{}}\nmodel: {{model_config: {{{sizes}}}}}"]).model
+    assert found is not None and (found["head_dim"], found["tie_word_embeddings"]) == (32, True)

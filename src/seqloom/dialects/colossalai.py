@@ -227,10 +227,9 @@ def _model(ledger: Ledger, source: Source) -> dict[str, Any] | None:
             given = source.keywords(call)
         except (ValueError, RecursionError):
             given = {"**": Unread("**", "it is not a literal")}
-        if any(isinstance(value, Unread) for value in given.values()) or call.args:
-            ledger.note(
-                "model", "no effect", f"{name} at line {call.lineno} is not written out, so the model is not known."
-            )
+        if any(isinstance(value, Unread) for value in given.values()) or call.args or source.changes(call):
+            what = "is changed after it is made" if source.changes(call) else "is not written out"
+            ledger.note("model", "changed", f"{name} at line {call.lineno} {what}, so the model is not known.")
             return None
         family = _CONFIGS[name]
         ledger.note("model", "mapped", f"{name} at line {call.lineno}.", value=name)

@@ -54,6 +54,15 @@ class Source:
         for _, name, node in sorted(found, key=lambda one: one[0]):
             yield name, node
 
+    def changes(self, call: ast.Call) -> bool:
+        """Whether the file changes what a call makes, under the name it gives it."""
+        return any(
+            isinstance(target, ast.Name) and target.id in self.changed
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Assign) and node.value is call
+            for target in node.targets
+        )
+
     def _called(self, call: ast.Call) -> str:
         """The name of what a call calls, as it was before the file renamed it."""
         name = _last(call.func)

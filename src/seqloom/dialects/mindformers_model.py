@@ -72,8 +72,21 @@ def model_of(ledger: Ledger, title: str) -> dict[str, Any] | None:
         if (name := find(ledger, *keys)) and config["model_type"] not in ("bloom", "gpt2"):
             config[key] = ledger.number(name)
             ledger.mapped("It enters `model`.", name)
+    config |= _kept(ledger, config["model_type"])
     ledger.mapped("It enters `model`.", *found.values())
     return family(config["model_type"], config)
+
+
+def _kept(ledger: Ledger, kind: str) -> dict[str, Any]:
+    """Whether the embeddings are the output's weights too, and the width of a head where the family has one."""
+    found: dict[str, Any] = {}
+    if name := find(ledger, "tie_word_embeddings"):
+        found["tie_word_embeddings"] = ledger.flag(name)
+        ledger.mapped("It enters `model`.", name)
+    if kind in ("llama", "mistral", "mixtral", "qwen3") and (name := find(ledger, "head_dim")):
+        found["head_dim"] = ledger.whole(name)
+        ledger.mapped("It enters `model`.", name)
+    return found
 
 
 def _by_name(

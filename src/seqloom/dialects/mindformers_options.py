@@ -108,6 +108,15 @@ _LAYOUT = {
         "pipeline_parallel_degree context_parallel context_parallel_method context_parallel_async "
         "ulysses_degree_in_cp expert_parallel expert_tensor_parallel sequence_parallel"
     ),
+    "parallel": (
+        "parallel_mode full_batch enable_parallel_optimizer parallel_optimizer_config gradients_mean enable_alltoall "
+        "search_mode strategy_ckpt_save_file strategy_ckpt_config dataset_strategy pipeline_config device_num "
+        "parameter_broadcast loss_repeated_mean auto_pipeline"
+    ),
+    "recompute_config": (
+        "recompute select_recompute select_comm_recompute parallel_optimizer_comm_recompute mp_comm_recompute "
+        "recompute_slice_activation select_recompute_exclude select_comm_recompute_exclude"
+    ),
 }
 """The keys of the sections that hold a layout; a misspelt one must not pass by unseen."""
 
@@ -177,9 +186,10 @@ def check_names(ledger: Ledger) -> None:
         known = words.split()
         if ledger.given.get(section) not in (None, {}):
             said = shown(ledger.given[section])
-            ledger.refuse(section, f"{section} is {said}, not a section; write its keys, as {{{known[0]}: 2}}.")
+            ledger.refuse(section, f"{section} is {said}, not a section; write its keys, as {known[0]}.")
         for name in ledger.given:
             first, _, key = name.partition(".")
+            key = key.partition(".")[0]
             if first != section or not key or key in known or ledger.noted(name):
                 continue
             if close := get_close_matches(key, known, 1, 0.8):

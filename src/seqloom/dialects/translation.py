@@ -4,14 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from seqloom.dialects.ledger import Ledger, Note, plain
+from seqloom.dialects.ledger import Ledger, Note, plain, shown
+from seqloom.dialects.models import full
 from seqloom.errors import DialectError, ModelError, PlanError
 from seqloom.plan import ModelShape, Plan, reasons
 
 OURS = ("tensor", "ulysses", "ring", "data", "pipeline")
 """The axes in seqloom's own rank order, fastest first."""
 
-MOST_RANKS = 1_000_000
+MOST_LAYERS = 100_000
+"""The most layers of a model that is read."""
+
+MOST_RANKS = 65_536
 """The largest degree that is read."""
 
 
@@ -142,6 +146,10 @@ def long_enough(ledger: Ledger, model: dict[str, Any] | None, length: int | None
 
 def _legality(ledger: Ledger, plan: Plan, model: dict[str, Any], length: int | None) -> None:
     """What legality says: that it cannot run yet is a note, that it never can a refusal."""
+    layers = full(model).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        ledger.refuse("model", f"A model of {shown(layers)} layers is not read; the most are {MOST_LAYERS:,}.")
+        return
     try:
         shape = ModelShape.from_config(model)
     except ModelError as error:
