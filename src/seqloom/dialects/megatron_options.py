@@ -98,7 +98,7 @@ NO_EFFECT = {
         "--no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion "
         "--no-rope-fusion --no-gradient-accumulation-fusion --transformer-impl --use-mcore-models "
         "--use-legacy-models --use-cp-send-recv-overlap --use-fused-ring-attention-update --megatron-cp-in-bnsd "
-        "--use-mc2 --use-fused-mlp --use-fusion-attn-v2 --fused-rmsnorm --use-npu-mc2 --pre-tockens --next-tockens "
+        "--use-mc2 --use-fused-mlp --use-fusion-attn-v2 --fused-rmsnorm --use-npu-mc2 "
         "--jit-compile --use-fused-moe-token-permute-and-unpermute --moe-grouped-gemm --disable-bias-linear-fusion "
         "--no-persist-layer-norm --use-contiguous-buffers-in-local-ddp --bias-gelu-fusion "
         "--no-scaled-masked-softmax-fusion --enable-token-rearrange-opt --npu-deterministic --shape-order "
@@ -130,11 +130,12 @@ NO_EFFECT = {
         "--lazy-mpu-init"
     ),
     _WEIGHTS: (
-        "--init-method-std --untie-embeddings-and-output-weights --disable-bias-linear --add-bias-linear --use- "
-        "rotary-position-embeddings --position-embedding-type --rotary-base --normalization --norm-epsilon "
+        "--init-method-std --untie-embeddings-and-output-weights --disable-bias-linear --add-bias-linear "
+        "--use-rotary-position-embeddings --position-embedding-type --rotary-base --normalization --norm-epsilon "
         "--layernorm-epsilon --swiglu --group-query-attention --kv-channels --qk-layernorm --add-qkv-bias --qkv-bias "
-        "--no-position-embedding --embed-layernorm --square-alibi-mask --fill-neg-inf --mlp-layer-fusion --no-query- "
-        "key-layer-scaling --apply-query-key-layer-scaling --multi-latent-attention --seq-aux --spec --add-dense-bias"
+        "--no-position-embedding --embed-layernorm --square-alibi-mask --fill-neg-inf --mlp-layer-fusion "
+        "--no-query-key-layer-scaling --apply-query-key-layer-scaling --multi-latent-attention --seq-aux --spec "
+        "--add-dense-bias"
     ),
     _INFER: (
         "--task --task-data --stage --lora-r --lora-alpha --lora-target-modules --lora-load --max-new-tokens "
@@ -153,12 +154,15 @@ NO_EFFECT = {
 _REASONS = {name: why for why, names in NO_EFFECT.items() for name in names.split()}
 
 _NOT_CARRIED = (
-    "--rotary-percent --rotary-seq-len-interpolation-factor --rope-scaling-type --rope-scaling-factor --use-rope- "
-    "scaling --rope-type --sliding-window --squared-relu --openai-gelu --moe-layer-freq --apply-layernorm-1p "
+    "--rotary-percent --rotary-seq-len-interpolation-factor --rope-scaling-type --rope-scaling-factor "
+    "--use-rope-scaling --rope-type --sliding-window --squared-relu --openai-gelu --moe-layer-freq "
+    "--apply-layernorm-1p "
     "--apply-residual-connection-post-layernorm --init-method-xavier-uniform --moe-router-topk-scaling-factor "
-    "--moe-shared-expert-intermediate-size --norm-topk-prob --use-glm-rope --q-lora-rank --kv-lora-rank --qk- "
-    "head-dim --qk-nope-head-dim --qk-pos-emb-head-dim --qk-rope-head-dim --v-head-dim --moe-ffn-hidden-size "
-    "--n-shared-experts --first-k-dense-replace --n-group --topk-group"
+    "--moe-shared-expert-intermediate-size --norm-topk-prob --use-glm-rope --q-lora-rank --kv-lora-rank "
+    "--qk-head-dim --qk-nope-head-dim --qk-pos-emb-head-dim --qk-rope-head-dim --v-head-dim --moe-ffn-hidden-size "
+    "--n-shared-experts --first-k-dense-replace --n-group --topk-group --window-size --softmax-type --mtp-num-layers "
+    "--noop-layers --pre-tockens "
+    "--next-tockens"
 )
 """Options that change the model where it is trained, and enter it for few families or none."""
 
@@ -214,10 +218,22 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
     "--lr-wsd-decay-style": ("changed", "The fall at the end is linear here."),
     "--calculate-per-token-loss": ("mapped", "seqloom's loss is always the mean over the labels of the global batch."),
     "--moe-router-load-balancing-type": ("no effect", "The family's own auxiliary loss is used."),
-    "--moe-aux-loss-coeff": (
-        "no effect",
-        "It enters no plan; set the router's coefficient in the model's configuration.",
-    ),
+    **{
+        name: ("changed", "It enters no plan; what the model's own configuration says of its router counts.")
+        for name in ("--moe-aux-loss-coeff", "--moe-z-loss-coeff", "--moe-expert-capacity-factor")
+    },
+    **{
+        name: ("changed", "Layers go to stages by seqloom's own rule, or as stages= says.")
+        for name in (
+            "--pp-partition-method",
+            "--pipeline-model-parallel-layout",
+            "--decoder-first-pipeline-num-layers",
+            "--decoder-last-pipeline-num-layers",
+            "--account-for-embedding-in-pipeline-split",
+            "--account-for-loss-in-pipeline-split",
+        )
+    },
+    "--step-batch-size-schedule": ("changed", "The batch is that of --global-batch-size from the first step on."),
     "--moe-token-dispatcher-type": (
         "no effect",
         "Experts' tokens go by all-to-all with uneven counts; the result is the same.",

@@ -1,22 +1,25 @@
 """What Megatron-style flags say of batches, ZeRO, recomputation and the schedule."""
 
-import json
-from pathlib import Path
 from typing import Any
 
-from seqloom.dialects.flags import CommandLine
-from seqloom.dialects.ledger import Ledger, as_whole, flatten, plain
+from seqloom.dialects.ledger import Ledger, as_whole, plain
+from seqloom.dialects.megatron_deepspeed import agreed, schedule_of
 from seqloom.dialects.megatron_options import SCHEDULE
-from seqloom.errors import DialectError
-
-CONFIG = "--deepspeed_config"
 
 
 def training(ledger: Ledger, data: int, length: int | None, pipeline: int) -> dict[str, Any]:
     """`train` of a translation."""
     ledger.mapped("train.sequence_length.", "--seq-length")
-    micro = ledger.whole("--micro-batch-size", 0) or None
-    batch = ledger.whole("--global-batch-size", 0) or (micro * data if micro else None)
+    micro = agreed(ledger, "--micro-batch-size", "train_micro_batch_size_per_gpu")
+    asked = agreed(ledger, "--global-batch-size", "train_batch_size")
+    times = agreed(ledger, None, "gradient_accumulation_steps")
+    batch = asked or (micro * data * (times or 1) if micro else None)
+    if micro and batch and times and micro * data * times != batch:
+        ledger.refuse(
+            "deepspeed_config.gradient_accumulation_steps",
+            f"micro-batch {micro} x data {data} x gradient_accumulation_steps {times} is not the batch of {batch}; "
+            "make them equal.",
+        )
     ledger.mapped(f"Rows of a micro-batch on each of {data} data ranks.", "--micro-batch-size")
     ledger.mapped("train.batch.", "--global-batch-size")
     accumulate = None
@@ -29,12 +32,18 @@ def training(ledger: Ledger, data: int, length: int | None, pipeline: int) -> di
                 f"{micro * data}; "
                 "use one.",
             )
-    if micro and "--global-batch-size" not in ledger:
+    if micro and asked is None and times is None:
         ledger.note(
             "--global-batch-size", "mapped", f"Not said: micro-batch {micro} x data {data} = {batch}, as there."
         )
     ramp = _ramp_up(ledger, batch, (micro or 1) * data)
-    schedule = {key: _number(ledger, name) for name, key in SCHEDULE.items() if name in ledger}
+    inside = schedule_of(ledger)
+    given = [name for name in SCHEDULE if name in ledger and not ledger.noted(name)]
+    schedule = {SCHEDULE[name]: _number(ledger, name) for name in given} | inside
+    if {"--lr-warmup-fraction", "--lr-warmup-iters"} <= set(ledger.given) and ledger.number("--lr-warmup-iters"):
+        ledger.refuse(
+            "--lr-warmup-iters", "--lr-warmup-iters and --lr-warmup-fraction are both given; leave one of them out."
+        )
     return {
         "sequence_length": length,
         "micro_batch": micro,
@@ -101,13 +110,19 @@ def _ramp_up(ledger: Ledger, batch: int | None, step: int) -> dict[str, int] | N
 
 
 def _precision(ledger: Ledger) -> str:
-    for name in ("--bf16", "--fp16"):
-        if ledger.flag(name):
-            ledger.mapped(f"train.precision={name[2:]}.", "--bf16", "--fp16")
-            return name[2:]
-    ledger.mapped("train.precision.", "deepspeed_config.bf16.enabled", "deepspeed_config.fp16.enabled")
-    config = ledger.get("deepspeed_config.bf16.enabled"), ledger.get("deepspeed_config.fp16.enabled")
-    return "bf16" if config[0] is True else "fp16" if config[1] is True else "float32"
+    """The one that a flag or the DeepSpeed configuration switches on; several are refused, as there."""
+    inside = "deepspeed_config.{}.enabled"
+    on = [kind for kind in ("bf16", "fp16") if ledger.flag(f"--{kind}") or ledger.flag(inside.format(kind))]
+    names = [name for kind in ("bf16", "fp16") for name in (f"--{kind}", inside.format(kind))]
+    found = on[0] if on else "float32"
+    if len(on) > 1:
+        ledger.refuse(
+            next(name for name in names[2:] if ledger.flag(name)), "bf16 and fp16 are both switched on; choose one."
+        )
+        return found
+    for name in names:
+        ledger.mapped(f"train.precision={found}." if ledger.flag(name) else "It is off.", name)
+    return found
 
 
 _OLD_FULL = ("--checkpoint-activations", "--deepspeed-activation-checkpointing", "--recompute-full")
@@ -153,94 +168,3 @@ def _recompute(ledger: Ledger) -> tuple[str, str]:
             "is recompute=none here (recompute=selective is the opposite: all but attention)."
         )
     return "none", "Without --recompute-granularity full there is nothing to do."
-
-
-def zero(ledger: Ledger, line: CommandLine, folder: Path | None) -> dict[str, Any]:
-    """zero and offload of a plan."""
-    _read_config(ledger, line, folder)
-    stage, found = 0, {}
-    if ledger.flag("--use-distributed-optimizer"):
-        stage = 1
-        ledger.mapped("zero=1: the optimizer's state is shared out over data x context.", "--use-distributed-optimizer")
-    for name in ("--use-torch-fsdp2", "--use-megatron-fsdp", "--use-custom-fsdp"):
-        if ledger.flag(name):
-            strategies = {"no_shard": 0, "optim": 1, "optim_grads": 2, "optim_grads_params": 3}
-            named = ledger.word("--data-parallel-sharding-strategy", tuple(strategies), "optim_grads_params")
-            stage = strategies[named or "optim_grads_params"]
-            ledger.mapped(f"zero={stage}.", name, "--data-parallel-sharding-strategy")
-    if ledger.flag("--deepspeed"):
-        stage = _deepspeed_stage(ledger)
-    else:
-        ledger.no_effect("It counts only with --deepspeed.", "--zero-stage", CONFIG)
-    offload = ("--cpu-optimizer", "--optimizer-cpu-offload", "--offload-optimizer", "--cpu-offload")
-    config = [name for name in ledger.given if name.startswith("deepspeed_config.") and name.endswith(".device")]
-    if any(ledger.flag(name) for name in offload) or any(ledger.get(name) in ("cpu", "nvme") for name in config):
-        found["offload"] = True
-        ledger.changed(
-            "offload=true: the optimizer's state waits in host memory, and so do parameters and gradients.",
-            *offload,
-            *config,
-        )
-    return {"zero": stage, **found}
-
-
-def _deepspeed_stage(ledger: Ledger) -> int:
-    """The stage of the JSON where it is there, since DeepSpeed reads it there; else --zero-stage."""
-    inside, flag = "deepspeed_config.zero_optimization.stage", "--zero-stage"
-    if inside in ledger:
-        stage = ledger.whole(inside, 0, least=0, most=3)
-        ledger.mapped(f"zero={stage}: DeepSpeed reads the stage here.", inside)
-        given = ledger.number(flag)
-        if flag in ledger and given != stage:
-            ledger.note(flag, "no effect", f"The DeepSpeed configuration says stage {stage}, and that counts.")
-        else:
-            ledger.mapped("As in the DeepSpeed configuration.", flag)
-        return stage
-    given = ledger.number(flag, 1.0)
-    if given not in (0, 1, 2, 3):
-        ledger.refuse(flag, f"{flag} is {given}; it is 0, 1, 2 or 3.")
-        return 0
-    if flag not in ledger:
-        ledger.note(flag, "mapped", "Not said: stage 1, the default of Megatron-DeepSpeed.")
-    ledger.mapped(f"zero={int(given)}.", flag)
-    return int(given)
-
-
-def _read_config(ledger: Ledger, line: CommandLine, folder: Path | None) -> None:
-    """Add the options of a DeepSpeed configuration, where it is there."""
-    name = CONFIG if CONFIG in ledger else "--deepspeed-config"
-    if name not in ledger:
-        return
-    path = ledger.get(name)
-    text = line.files.get(path) if isinstance(path, str) else None
-    if text is None and isinstance(path, str) and path:
-        text = _text_of(path, folder)
-    if text is None:
-        ledger.note(
-            name, "changed", "There is no such file here; --zero-stage counts, which DeepSpeed itself would not read."
-        )
-        return
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        ledger.refuse(name, f"The DeepSpeed configuration {path} is not readable as JSON ({error}).")
-        return
-    if not isinstance(values, dict):
-        ledger.refuse(name, f"The DeepSpeed configuration {path} holds no section; give a JSON object.")
-        return
-    ledger.note(name, "mapped", "Read as DeepSpeed would.")
-    try:
-        ledger.given |= dict(flatten({"deepspeed_config": values}))
-    except DialectError as error:
-        ledger.refuse(name, str(error))
-
-
-def _text_of(path: str, folder: Path | None) -> str | None:
-    """The text of a file that the settings name, None where it cannot be read."""
-    try:
-        file = Path(path) if Path(path).is_absolute() else (folder or Path()) / path
-        if file.is_file() and file.stat().st_size < 1_000_000:
-            return file.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        pass
-    return None

@@ -1,0 +1,133 @@
+"""Megatron-style flags that are rare, contradict each other, or lie in a DeepSpeed configuration."""
+
+import json
+
+import pytest
+
+from seqloom.dialects import Note, translate
+from seqloom.dialects.megatron_options import BY_NAME, NO_EFFECT
+from seqloom.dialects.translation import Translation
+from seqloom.errors import DialectError
+
+
+def read(flags: str, world: int | None = None, version: str | None = None) -> tuple[Translation, dict[str, Note]]:
+    """What flags come to, and the last note on each option."""
+    found = translate("megatron", [flags], world=world, version=version)
+    return found, {note.option: note for note in found.notes}
+
+
+def deepspeed(config: dict[str, object], flags: str = "") -> str:
+    """A script that writes a configuration and starts 4 processes with it."""
+    command = "deepspeed --num_gpus 4 pretrain_gpt.py --deepspeed --deepspeed_config ds.json"
+    return f"cat <<'EOT' > ds.json\n{json.dumps(config)}\nEOT\n{command} {flags}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "says"),
+    [
+        ("--bf16 --fp16", 1, "bf16 and fp16 are both switched on"),
+        ("--yaml-cfg foo.yaml", 1, "--yaml-cfg replaces the arguments"),
+        ("--tensor_model_parallel_size 2", 2, "did you mean '--tensor-model-parallel-size'?"),
+        ("--tensor-model-par 2", 2, "did you mean '--tensor-model-parallel-size'?"),
+        ("--tensor-model-parallel-size 16", 8, "= 16; use 16."),
+        ("--no-pipeline-parallel --pipeline-model-parallel-size 2", 2, "leave one of them out"),
+        ("--pipeline-model-parallel-size 2 --num-layer-list 7,8 --num-layers 16", 2, "holds 15 layers"),
+        ("--ds-sequence-parallel-size 2 --context-parallel-size 2", 4, "both above 1"),
+        ("--lr-warmup-iters 5 --lr-warmup-fraction 0.1", 1, "leave one of them out"),
+        (deepspeed({"train_batch_size": 64}, "--global-batch-size 32"), None, "make them equal"),
+        (deepspeed({"bf16": {"enabled": True}}, "--fp16"), None, "bf16 and fp16 are both switched on"),
+        ("--cp-comm-type a2a+p2p --context-parallel-size 4", 4, "a2a+p2p takes --hierarchical"),
+    ],
+)
+def test_what_contradicts_itself(flags: str, world: int | None, says: str) -> None:
+    """Catches one of two options taken without a word, and options of a file or of a misspelt name passed over."""
+    with pytest.raises(DialectError) as caught:
+        read(flags, world)
+    assert says in str(caught.value)
+
+
+def test_words_without_flags() -> None:
+    """Catches a plan made of nothing."""
+    with pytest.raises(DialectError, match="hold no flags"):
+        translate("megatron", ["s", "p", "a", "c", "e"], world=1)
+
+
+def test_a_deepspeed_configuration_is_read_whole() -> None:
+    """Catches Ulysses, MiCS, the batch, clipping and the loss scale of the file called without effect."""
+    zero = {"stage": 3, "mics_shard_size": 2, "offload_param": {"device": "none"}}
+    rest = {"gradient_clipping": 0.5, "train_batch_size": 64, "optimizer": {"type": "SGD"}, "odd": 1}
+    fp16 = {"enabled": True, "initial_scale_power": 12}
+    found, notes = read(
+        deepspeed({"zero_optimization": zero, "fp16": fp16, **rest}, "--micro-batch-size 2 --clip-grad 1.0")
+    )
+    assert str(found.plan) == "data=4 zero=3 zero_replicas=2"
+    assert (found.train["accumulate"], found.train["precision"]) == (8, "fp16")
+    assert found.train["schedule"] == {"clip": 0.5, "initial_loss_scale": 4096}
+    assert notes["--clip-grad"].verdict == "no effect"
+    assert notes["deepspeed_config.optimizer.type"].verdict == notes["deepspeed_config.odd"].verdict == "changed"
+    assert notes["deepspeed_config.zero_optimization.offload_param.device"].verdict == "no effect"
+    sequence = {"sequence_parallel_size": 2, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
+    found, _ = read(deepspeed({"zero_optimization": {"stage": 2}, **sequence}))
+    assert (str(found.plan), found.train["global_batch"]) == ("data=2 zero=2 ulysses=2", 12)
+    assert str(read("--ds-sequence-parallel-size 2", 4)[0].plan) == "data=2 ulysses=2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "option", "verdict"),
+    [
+        ("--unheard-of 3", "--unheard-of", "changed"),
+        ("--use-rope-scaling", "--use-rope-scaling", "changed"),
+        ("--qk-head-dim 64", "--qk-head-dim", "changed"),
+        ("--moe-z-loss-coeff 0.1", "--moe-z-loss-coeff", "changed"),
+        ("--window-size 128", "--window-size", "changed"),
+        ("--pp-partition-method x", "--pp-partition-method", "changed"),
+        ("--attention-mask-type general", "--attention-mask-type", "changed"),
+        ("--attention-mask-type causal", "--attention-mask-type", "mapped"),
+        ("--deepspeed --zero-stage 0 --use-distributed-optimizer", "--use-distributed-optimizer", "no effect"),
+        ("--num-query-groups 8 --group-query-attention", "--num-query-groups", "no effect"),
+        ("--cp-comm-type p2p --context-parallel-size 4 --cp-window-size 1", "--cp-window-size", "no effect"),
+        ("--tensor-model-parallel-size 2 --sequence-parallel=False", "--sequence-parallel", "mapped"),
+        (
+            "--context-parallel-size 4 --context-parallel-algo kvallgather_cp_algo --cp-window-size 2",
+            "--cp-window-size",
+            "no effect",
+        ),
+    ],
+)
+def test_verdicts_are_true(flags: str, option: str, verdict: str) -> None:
+    """Catches "no effect" for what changes numbers or layout, and known options called no option of theirs."""
+    assert read(flags, 4)[1][option].verdict == verdict
+
+
+def test_names_are_whole() -> None:
+    """Catches a name cut in two where a line of the table ends."""
+    names = [name for names in NO_EFFECT.values() for name in names.split()] + list(BY_NAME)
+    assert all(name.startswith("--") and not name.endswith("-") for name in names)
+
+
+def test_instances_of_the_distributed_optimizer() -> None:
+    """Catches groups that repeat the optimizer's shares taken for one group."""
+    found, _ = read("--use-distributed-optimizer --num-distributed-optimizer-instances 2", 8)
+    assert str(found.plan) == "data=8 zero=1 zero_replicas=2"
+
+
+@pytest.mark.parametrize(
+    ("version", "plan"),
+    [
+        ("2.0.0", "ulysses=2"),
+        ("1.0.RC3", "ulysses=2"),
+        ("2.0.0_core_r0.8.0", "ulysses=2"),
+        ("core_r0.12.1", "ring=2"),
+        ("2.1.0", "ring=2"),
+    ],
+)
+def test_versions_of_mindspeed(version: str, plan: str) -> None:
+    """Catches MindSpeed's own number taken for that of its core."""
+    assert str(read("--context-parallel-size 2", 2, version)[0].plan) == plan
+
+
+def test_a_version_that_is_none() -> None:
+    """Catches a default taken for a version that nobody released, also where it would not matter."""
+    for size in (1, 2):
+        with pytest.raises(DialectError, match="'bogus' is no version"):
+            read(f"--context-parallel-size {size}", 2, "bogus")
