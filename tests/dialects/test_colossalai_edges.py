@@ -1,5 +1,7 @@
 """Colossal-AI's programs at their edges: values that change, other names, and notes that must be true."""
 
+import time
+
 import pytest
 
 from dialects.test_translate import refusal
@@ -117,3 +119,12 @@ def test_a_configuration_that_is_changed_after_it_is_made() -> None:
     """Catches the model of a configuration as it was before the program changed it."""
     text = "HybridParallelPlugin(tp_size=1, pp_size=1)\nc = LlamaConfig(num_hidden_layers=4)\nc.num_hidden_layers = 8"
     assert translate("colossalai", [text], world=1).model is None
+
+
+def test_a_program_that_is_slow_to_read() -> None:
+    """Catches seconds spent on a program that is nobody's."""
+    start = time.process_time()
+    assert "nodes" in refusal("colossalai", "a[0] = 1\n" * 20_000 + "HybridParallelPlugin(tp_size=1, pp_size=1)", 1)
+    assert time.process_time() - start < 2
+    below = "initial_scale is 0.5, and losses are not scaled down"
+    assert below in refusal("colossalai", "HybridParallelPlugin(tp_size=1, pp_size=1, initial_scale=0.5)", 1)

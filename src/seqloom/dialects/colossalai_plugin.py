@@ -251,6 +251,8 @@ def first_scale(ledger: Ledger, precision: str) -> dict[str, float]:
         return {}
     rest = ("min_scale", "max_scale", "growth_factor", "backoff_factor", "growth_interval", "hysteresis")
     ledger.changed("seqloom's loss scale grows and shrinks by its own rule; see train.loss_scale_window.", *rest)
+    if scale is not None and scale < 1:
+        ledger.refuse("initial_scale", f"initial_scale is {scale}, and losses are not scaled down; use 1 or more.")
     ledger.mapped("train.initial_loss_scale.", "initial_scale")
     return {"initial_loss_scale": scale} if scale is not None else {}
 

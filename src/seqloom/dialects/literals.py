@@ -3,13 +3,14 @@
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from seqloom.dialects.ledger import Unread
 from seqloom.dialects.sums import combine, parse
 from seqloom.errors import DialectError
 
-MOST_NODES = 200_000
+MOST_NODES = 50_000
 """The most nodes of a file's tree."""
 
 MOST_STEPS = 10_000
@@ -35,7 +36,7 @@ class Source:
         """The tree of a text. Raises DialectError where it is no Python."""
         try:
             tree = parse(text, "exec")
-            count = sum(1 for _ in ast.walk(tree))
+            count = sum(1 for _ in islice(ast.walk(tree), MOST_NODES + 1))
         except ValueError as error:
             raise DialectError(f"The settings cannot be read: {error}.") from error
         if count > MOST_NODES or not isinstance(tree, ast.Module):

@@ -56,7 +56,7 @@ class Booster:
         wrapped = None
         if optimizer is not None:
             adopt(optimizer, boosted, before)
-            wrapped = BoostedOptimizer(optimizer, boosted, self.plugin.settings["schedule"].get("clip"))
+            wrapped = BoostedOptimizer(optimizer, boosted, self.plugin.settings["schedule"])
         return boosted, wrapped, criterion, dataloader, lr_scheduler
 
     def backward(self, loss: Tensor, optimizer: BoostedOptimizer) -> None:

@@ -1,5 +1,6 @@
 """The optimizer that `Booster.boost` returns: it sums gradients over ranks, clips them and steps what is here."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ GROWTH_STEPS = 1000
 class BoostedOptimizer:
     """A torch optimizer of a split model; `unwrap` gives the optimizer itself, which schedulers go on holding."""
 
-    def __init__(self, optim: torch.optim.Optimizer, model: BoostedModel, clip: float | None) -> None:
-        """clip: the largest global gradient norm, None for no limit."""
-        self.optim, self.model, self.clip = optim, model, clip
-        self.scale = LossScale(2.0**16 if model.precision == "fp16" else 1.0)
+    def __init__(self, optim: torch.optim.Optimizer, model: BoostedModel, schedule: Mapping[str, Any]) -> None:
+        """schedule: clip, the largest global gradient norm, and initial_loss_scale of fp16, where they are said."""
+        self.optim, self.model, self.clip = optim, model, schedule.get("clip")
+        self.scale = LossScale(schedule.get("initial_loss_scale", 2.0**16) if model.precision == "fp16" else 1.0)
         self.loss, self.stepped = 0.0, False
 
     @property
