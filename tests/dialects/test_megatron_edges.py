@@ -82,6 +82,11 @@ def test_a_deepspeed_configuration_is_read_whole() -> None:
         ("--window-size 128", "--window-size", "changed"),
         ("--pp-partition-method x", "--pp-partition-method", "changed"),
         ("--attention-mask-type general", "--attention-mask-type", "changed"),
+        (
+            "--tp-2d --tp-x 2 --tp-y 2 --tensor-model-parallel-size 4 --num-attention-heads 6",
+            "--num-attention-heads",
+            "changed",
+        ),
         ("--attention-mask-type causal", "--attention-mask-type", "mapped"),
         ("--deepspeed --zero-stage 0 --use-distributed-optimizer", "--use-distributed-optimizer", "no effect"),
         ("--num-query-groups 8 --group-query-attention", "--num-query-groups", "no effect"),

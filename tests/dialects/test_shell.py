@@ -62,6 +62,7 @@ def test_other_ways_to_set_a_variable(script: str, tensor: int) -> None:
         "TP=2\nread TP",
         "TP=2\neval TP=4",
         "TP=2\nsource env.sh",
+        "source env.sh\nTP=${TP:-2}",
         "TP=2\nlet TP=TP2[0]++",
         "A=(2 4)\nA[$I]=8\nTP=${A[1]}",
         "TP=2\ncase $1 in\n a|b) TP=4;;\n --tp) TP=8;;\nesac",

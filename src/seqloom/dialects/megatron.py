@@ -135,6 +135,13 @@ def _two_dimensional(ledger: Ledger, tensor: int) -> dict[str, Any]:
     ledger.mapped(f"tensor_kind=2d on a grid of {x} x {y}.", "--tp-2d", "--tp-x", "--tp-y")
     if ledger.flag("--sequence-parallel"):
         ledger.changed("Refused there with --tp-2d; seqloom's 2d grid always splits tokens too.", "--sequence-parallel")
+    if ledger.whole("--num-attention-heads", 0) % tensor:
+        ledger.changed(
+            f"Refused there with --tp-2d, since heads are no multiple of tensor {tensor}; here the grid decides.",
+            "--num-attention-heads",
+        )
+    if ledger.get("--context-parallel-algo") not in (None, "megatron_cp_algo", "ulysses_cp_algo"):
+        ledger.changed("Refused there with --tp-2d; here they go together.", "--context-parallel-algo")
     return {"tensor_kind": "2d", "grid": None if x == y else f"{x}x{y}"}
 
 

@@ -267,6 +267,7 @@ class _Follower:
             why = f"`{' '.join(unmarked(text).split())[:40]}` may have set it, and it is not run"
             written = {found[1] for found in re.finditer(r"(?<![-\w])([A-Za-z_]\w*)\+?=", text)}
             plain = name == "eval" and not marked(text)
+            self.values.sourced = self.values.sourced if plain else why
             for variable in sorted(written) if plain else sorted(written | set(self.values.variables)):
                 self.values.cast_doubt(variable, f"{variable}: {why}")
         return None

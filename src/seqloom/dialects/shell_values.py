@@ -36,6 +36,7 @@ class Values:
 
     sure: whether what is followed now is known to run. perhaps: names that were set where that is not known.
     passing: names that were set for one command or a subshell only. undo: what subshells found, innermost last.
+    sourced: why a name that the script does not set may be set all the same.
     """
 
     variables: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -43,6 +44,7 @@ class Values:
     sure: bool = True
     perhaps: set[str] = field(default_factory=set)
     passing: set[str] = field(default_factory=set)
+    sourced: str = ""
     undo: list[dict[str, tuple[str, ...] | None]] = field(default_factory=list)
     doubts: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
@@ -155,6 +157,8 @@ class Values:
         kind = operation.lstrip(":")[0] if operation else ""
         if kind and name in self.perhaps:
             return [self.doubt(f"{name} is set in a branch or loop that is not decided here")]
+        if kind and known is None and self.sourced:
+            return [self.doubt(f"{name}: {self.sourced}")]
         if (kind in ("-", "=") and empty) or (kind == "+" and not empty):
             instead = self.expand(inner_word(other), split=False, depth=depth + 1) or [""]
             if kind == "=":
