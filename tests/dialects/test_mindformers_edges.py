@@ -131,3 +131,9 @@ def test_tied_embeddings_and_wide_heads() -> None:
     sizes = "hidden_size: 64, num_layers: 4, num_heads: 4, head_dim: 32, tie_word_embeddings: True"
     found = translate("mindformers", [f"parallel_config: {{}}\nmodel: {{model_config: {{{sizes}}}}}"]).model
     assert found is not None and (found["head_dim"], found["tie_word_embeddings"]) == (32, True)
+
+
+def test_an_unknown_switch_that_is_off() -> None:
+    """Catches "no effect" for a layout's switch that is off there and on here."""
+    text = "parallelism: {tensor_parallel: 2, sequence_parallel: False}"
+    assert note("mindformers", text, "parallelism.sequence_parallel", world=2).verdict == "changed"

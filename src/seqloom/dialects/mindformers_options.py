@@ -106,7 +106,7 @@ _LAYOUT = {
     "parallelism": (
         "data_parallel_shard data_parallel_replicate tensor_parallel tensor_parallel_degree pipeline_parallel "
         "pipeline_parallel_degree context_parallel context_parallel_method context_parallel_async "
-        "ulysses_degree_in_cp expert_parallel expert_tensor_parallel sequence_parallel"
+        "ulysses_degree_in_cp expert_parallel expert_tensor_parallel"
     ),
     "parallel": (
         "parallel_mode full_batch enable_parallel_optimizer parallel_optimizer_config gradients_mean enable_alltoall "
@@ -213,7 +213,8 @@ def _off_or(name: str, value: object) -> tuple[Verdict, str]:
     if key in _SPLIT and name not in BY_NAME:
         return ("no effect", "Off.") if _is_off(value) else ("changed", _SPLIT[key])
     verdict, why = untouched(name)
-    off = value in (None, False, {}) or (value == 0 and name.startswith(("model.", "moe_config.")))
+    own = name.startswith(("model.", "model_config.", "pretrained_model_config.", "moe_config."))
+    off = value in (None, {}) or (own and value in (0, False))
     return ("no effect", "Off.") if verdict == "changed" and off else (verdict, why)
 
 
