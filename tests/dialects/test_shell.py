@@ -58,6 +58,8 @@ def test_other_ways_to_set_a_variable(script: str, tensor: int) -> None:
         "TP=2\n[[ $TP > 5 ]] && TP=8",
         "TP=2\nif [[ $X = 2 && $TP = 2 ]]; then TP=8; fi",
         "test -f x && TP=8\nTP=${TP:-1}",
+        "X=1; TP=2\nfor i in 1 2; do\nif [ $X = 2 ]; then TP=8; fi\nX=2\ndone",
+        "X=1; TP=2\nf() { [ $X = 2 ] && TP=8; }\nX=2\nf",
         "TP=2\nunset TP",
         "TP=2\nread TP",
         "TP=2\neval TP=4",

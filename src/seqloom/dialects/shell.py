@@ -87,7 +87,7 @@ class _Frame:
     base: whether it runs. now: whether what stands now in it does. status: that before it. tried: its tests so far.
     """
 
-    kind: Literal["if", "loop", "case", "group", "subshell"]
+    kind: Literal["if", "loop", "case", "group", "function", "subshell"]
     base: bool | None
     now: bool | None
     status: bool | None
@@ -136,7 +136,7 @@ class _Follower:
                 if keyword not in ("while", "until"):
                     found = []
             elif keyword == "{":
-                self.open("group", None if self.naming else self.gate)
+                self.open("function" if self.naming else "group", None if self.naming else self.gate)
                 self.naming, self.after = False, ""
             elif keyword == "function":
                 self.naming, found = True, found[1:]
@@ -169,16 +169,17 @@ class _Follower:
         self.values.sure = gate is True and all(frame.now is True for frame in self.frames)
         status = self.simple(found)
         status = None if status is None else status is not negated
-        self.status = status if gate is True else None
+        repeated = any(frame.kind in ("loop", "function") for frame in self.frames)  # with other values, it may be
+        self.status = status if gate is True and not repeated else None
 
-    def open(self, kind: Literal["if", "loop", "case", "group", "subshell"], runs: bool | None) -> None:
+    def open(self, kind: Literal["if", "loop", "case", "group", "function", "subshell"], runs: bool | None) -> None:
         if len(self.frames) >= MOST_BRANCHES:
             raise DialectError(f"The script nests branches deeper than {MOST_BRANCHES}; give the program's flags.")
         self.frames.append(_Frame(kind, runs, runs, self.status))
 
     def close(self, kind: str) -> None:
         """End the innermost frame, if it is of this kind; whether it succeeded is not kept."""
-        if self.frames and self.frames[-1].kind == kind:
+        if self.frames and self.frames[-1].kind in (kind, "function" if kind == "group" else kind):
             frame = self.frames.pop()
             self.status = frame.status if frame.base is False else None
             if kind == "subshell":
