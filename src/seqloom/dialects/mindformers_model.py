@@ -108,12 +108,12 @@ def _by_name(
             ledger.mapped(f"As {named[0]} has it.", name)
         else:
             ledger.changed(f"{named[0]} has no {key}; it does not enter `model`.", name)
-    numbers = {
-        key: ledger.number(name)
-        for key, names in _NUMBERS.items()
-        if named[1]["model_type"] not in ("bloom", "gpt2") and (name := find(ledger, *names))
-    }
-    ledger.mapped("It enters `model`.", *(find(ledger, *_NUMBERS[key]) or "" for key in numbers))
+    numbers = _kept(ledger, named[1]["model_type"])
+    for key, names in _NUMBERS.items():
+        said = find(ledger, *names)
+        if said and named[1]["model_type"] not in ("bloom", "gpt2"):
+            numbers[key] = ledger.number(said)
+            ledger.mapped("It enters `model`.", said)
     if not other and not numbers:
         return named[1]
     kind = named[1]["model_type"]
