@@ -249,18 +249,36 @@ def test_reduced_plans(plan: str, most: int, small: str) -> None:
     assert str(reduced(Plan.parse(plan), most)) == small
 
 
-def _runnable(dialect: str, case: Case) -> Translation:
-    """A case with a model where it names none; skipped where seqloom refuses it at full size too."""
-    found = translate(dialect, [case.settings], world=case.world, version=case.version)
-    named = _named(found)
-    assert named.model is not None
-    if refusals := reasons(found.plan, ModelShape.from_config(named.model | NO_DROPOUT)):
-        pytest.skip(refusals[0])
-    return named
-
-
 NO_DROPOUT = {"hidden_dropout": 0.0}
 """BLOOM's dropout of hidden states is Megatron-LM's default, and refused here."""
+
+
+def _named(dialect: str, case: Case) -> Translation:
+    """A case with a model where its settings name none."""
+    found = translate(dialect, [case.settings], world=case.world, version=case.version)
+    named = by_name("mixtral" if found.plan.expert > 1 else "llama2-70b")
+    assert named is not None
+    experts = {"num_local_experts": 16} if found.plan.expert > 1 else {}
+    return replace(found, model=found.model or named[1] | experts)
+
+
+def _refusals(dialect: str, case: Case) -> list[str]:
+    """Why seqloom refuses a case at full size."""
+    found = _named(dialect, case)
+    assert found.model is not None
+    return reasons(found.plan, ModelShape.from_config(found.model | NO_DROPOUT))
+
+
+RUNNABLE = [each for each in CASES if not _refusals(*each.values)]
+
+
+def test_the_case_that_cannot_run_says_so() -> None:
+    """Catches a case that stops running unnoticed, and one that is trained though its plan is refused."""
+    (refused,) = (each for each in CASES if each not in RUNNABLE)
+    (reason,) = _refusals(*refused.values)
+    assert reason.startswith("sequence_parallel=false gives every rank of tensor=4 all tokens")
+    with pytest.raises(SeqloomError, match="sequence_parallel=false gives every rank of tensor"):
+        translated(refused.values[0], _named(*refused.values), [TEXT], scale="tiny")
 
 
 def _override(found: Translation) -> list[str]:
@@ -268,11 +286,11 @@ def _override(found: Translation) -> list[str]:
     return ["model.config.hidden_dropout=0.0"] if found.model["model_type"] == "bloom" else []
 
 
-@pytest.mark.parametrize(("dialect", "case"), CASES)
+@pytest.mark.parametrize(("dialect", "case"), RUNNABLE)
 def test_every_case_has_a_legal_reduced_size(dialect: str, case: Case) -> None:
     """Catches a reduced plan, model, length and batch that do not fit one another, and an axis of the case that is gone
     while there is room."""
-    theirs = _runnable(dialect, case)
+    theirs = _named(dialect, case)
     found = translated(dialect, theirs, [TEXT, *_override(theirs)], scale="tiny")
     config, plan = found.config, found.config.plan
     assert plan.world_size <= 8
@@ -292,7 +310,7 @@ def test_every_case_has_a_legal_reduced_size(dialect: str, case: Case) -> None:
 
 def test_a_launchers_processes_are_filled() -> None:
     """Catches a reduced plan of fewer processes than torchrun has started."""
-    theirs = _runnable("megatron", Case("--context-parallel-size 2 --cp-comm-type p2p", 2, ""))
+    theirs = _named("megatron", Case("--context-parallel-size 2 --cp-comm-type p2p", 2, ""))
     assert str(translated("megatron", theirs, [TEXT], scale="tiny", world=6).config.plan) == "data=3 ring=2"
 
 
@@ -389,11 +407,11 @@ def test_every_family_trains(pool: Pool, tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("dialect", "case"), CASES)
+@pytest.mark.parametrize(("dialect", "case"), RUNNABLE)
 def test_every_case_trains(pool: Pool, tmp_path: Path, dialect: str, case: Case) -> None:
     """Catches a case that is legal at reduced size and does not run, or runs on another plan than it says."""
     text = write_text(tmp_path / "text.txt")
-    theirs = _runnable(dialect, case)
+    theirs = _named(dialect, case)
     words = [f"data.files=['{text}']", f"run.folder={tmp_path / 'run'}", "train.steps=2", "data.sequence_length=64"]
     run(pool, translated(dialect, theirs, [*words, *_override(theirs)], scale="tiny").config)
     assert all(isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
@@ -453,11 +471,3 @@ def test_any_schedule_makes_a_run_or_a_sentence(examples: int) -> None:
             assert str(error) and "\n" not in str(error)
 
     check_one()
-
-
-def _named(found: Translation) -> Translation:
-    """With a model where the settings name none."""
-    named = by_name("mixtral" if found.plan.expert > 1 else "llama2-70b")
-    assert named is not None
-    experts = {"num_local_experts": 16} if found.plan.expert > 1 else {}
-    return replace(found, model=found.model or named[1] | experts)
