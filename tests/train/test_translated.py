@@ -253,9 +253,12 @@ NO_DROPOUT = {"hidden_dropout": 0.0}
 """BLOOM's dropout of hidden states is Megatron-LM's default, and refused here."""
 
 
-def _named(dialect: str, case: Case) -> Translation:
+def _of(dialect: str, case: Case) -> Translation:
     """A case with a model where its settings name none."""
-    found = translate(dialect, [case.settings], world=case.world, version=case.version)
+    return _named(translate(dialect, [case.settings], world=case.world, version=case.version))
+
+
+def _named(found: Translation) -> Translation:
     named = by_name("mixtral" if found.plan.expert > 1 else "llama2-70b")
     assert named is not None
     experts = {"num_local_experts": 16} if found.plan.expert > 1 else {}
@@ -264,7 +267,7 @@ def _named(dialect: str, case: Case) -> Translation:
 
 def _refusals(dialect: str, case: Case) -> list[str]:
     """Why seqloom refuses a case at full size."""
-    found = _named(dialect, case)
+    found = _of(dialect, case)
     assert found.model is not None
     return reasons(found.plan, ModelShape.from_config(found.model | NO_DROPOUT))
 
@@ -277,8 +280,10 @@ def test_the_case_that_cannot_run_says_so() -> None:
     (refused,) = (each for each in CASES if each not in RUNNABLE)
     (reason,) = _refusals(*refused.values)
     assert reason.startswith("sequence_parallel=false gives every rank of tensor=4 all tokens")
-    with pytest.raises(SeqloomError, match="sequence_parallel=false gives every rank of tensor"):
-        translated(refused.values[0], _named(*refused.values), [TEXT], scale="tiny")
+    words = [TEXT, "data.sequence_length=4096", "train.steps=1"]
+    config = translated(refused.values[0], _of(*refused.values), words).config
+    with pytest.raises(SeqloomError, match="sequence_parallel=false gives every rank of tensor=4"):
+        check(config.plan, ModelShape.from_config(config.model.settings()))
 
 
 def _override(found: Translation) -> list[str]:
@@ -290,7 +295,7 @@ def _override(found: Translation) -> list[str]:
 def test_every_case_has_a_legal_reduced_size(dialect: str, case: Case) -> None:
     """Catches a reduced plan, model, length and batch that do not fit one another, and an axis of the case that is gone
     while there is room."""
-    theirs = _named(dialect, case)
+    theirs = _of(dialect, case)
     found = translated(dialect, theirs, [TEXT, *_override(theirs)], scale="tiny")
     config, plan = found.config, found.config.plan
     assert plan.world_size <= 8
@@ -310,7 +315,7 @@ def test_every_case_has_a_legal_reduced_size(dialect: str, case: Case) -> None:
 
 def test_a_launchers_processes_are_filled() -> None:
     """Catches a reduced plan of fewer processes than torchrun has started."""
-    theirs = _named("megatron", Case("--context-parallel-size 2 --cp-comm-type p2p", 2, ""))
+    theirs = _of("megatron", Case("--context-parallel-size 2 --cp-comm-type p2p", 2, ""))
     assert str(translated("megatron", theirs, [TEXT], scale="tiny", world=6).config.plan) == "data=3 ring=2"
 
 
@@ -411,7 +416,7 @@ def test_every_family_trains(pool: Pool, tmp_path: Path, name: str) -> None:
 def test_every_case_trains(pool: Pool, tmp_path: Path, dialect: str, case: Case) -> None:
     """Catches a case that is legal at reduced size and does not run, or runs on another plan than it says."""
     text = write_text(tmp_path / "text.txt")
-    theirs = _named(dialect, case)
+    theirs = _of(dialect, case)
     words = [f"data.files=['{text}']", f"run.folder={tmp_path / 'run'}", "train.steps=2", "data.sequence_length=64"]
     run(pool, translated(dialect, theirs, [*words, *_override(theirs)], scale="tiny").config)
     assert all(isfinite(line["loss"]) for line in metrics(tmp_path / "run"))
