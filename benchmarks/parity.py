@@ -170,7 +170,7 @@ def judged(model: str, plans: Sequence[str], num_tokens: int) -> list[Row]:
 
 def page(rows: Sequence[Row], listed: Sequence[Listed], asked: argparse.Namespace) -> Iterator[str]:
     """docs/parity.md."""
-    yield "# Every legal plan equals one device"
+    yield "# Plans beside one device"
     yield ""
     wrong, count = sum(not row.equal for row in rows), sum(each.count for each in listed)
     yield (

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.attention import ROUND, ratio, rotated, timed
+from benchmarks.attention import ROUND, ratio
 from benchmarks.record import RECORDS, Record, cores, table
 from benchmarks.sent import sent_by
-from benchmarks.tensor_contenders import BASE, CEILING, OWN, RANKS, Contender, Prepared, Unavailable
+from benchmarks.tensor_contenders import BASE, CEILING, OWN, RANKS, Contender, Prepared
 from benchmarks.tensor_peers import PEERS
 from benchmarks.tensor_problems import Llama, Mlp, Problem, Results
+from benchmarks.turns import ready, take_turns
 from seqloom.fabric.launch import run_local
 
 ALL = {name: (*OWN[name], *PEERS[name]) for name in OWN}
@@ -114,37 +115,10 @@ def choose(case: Problem, only: Sequence[str]) -> list[str]:
     ]
 
 
-def _ready(case: Problem, names: Sequence[str]) -> Iterator[tuple[Contender, Prepared | str]]:
-    for contender in contenders(case):
-        if contender.name in names:
-            try:
-                yield contender, contender.prepare(case)
-            except Unavailable as reason:
-                yield contender, str(reason)
-
-
 def measure(case: Problem, names: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """On each rank: what every contender took in each round, under the keys of ROUND, sent, and how far it is off."""
-    torch.set_num_threads(1)
-    said: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Prepared] = {}
-    for contender, prepared in _ready(case, names):
-        if isinstance(prepared, str):
-            said[contender.name] = {"skipped": prepared}
-        else:
-            said[contender.name] = {"kind": contender.kind, **{key: [] for key in ROUND}}
-            ready[contender.name] = prepared
     truth = case.truth()
-    for name, prepared in ready.items():  # the round that warms up
-        said[name] |= first_run(prepared, truth)
-    del truth
-    for number in range(repeats):
-        for name in rotated(list(ready), number):
-            for key, value in zip(ROUND, timed(ready[name]), strict=True):
-                said[name][key].append(value)
-    for prepared in ready.values():
-        prepared.close()
-    return said
+    return take_turns(contenders(case), case, names, repeats, lambda prepared: first_run(prepared, truth))
 
 
 def first_run(prepared: Prepared, truth: Results) -> dict[str, Any]:
@@ -199,7 +173,7 @@ def peak_bytes(case: Problem, name: str) -> int:
     """On each rank: how far one run lifts the resident memory of a fresh process above its weights and inputs."""
     torch.set_num_threads(1)
     for size in (case.few(WARM_TOKENS), case):
-        for _, prepared in _ready(size, [name]):
+        for _, prepared in ready(contenders(size), size, [name]):
             assert isinstance(prepared, Prepared)
             gc.collect()
             distributed.barrier()

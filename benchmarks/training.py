@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.attention import ROUND, ratio, rotated, timed
+from benchmarks.attention import ROUND, ratio
 from benchmarks.record import RECORDS, Record, cores, table
 from benchmarks.tensor import RETURNED, environment, status_bytes
-from benchmarks.tensor_contenders import Contender, Prepared, Unavailable
+from benchmarks.tensor_contenders import Prepared
 from benchmarks.training_contenders import BASE, Step, contenders
+from benchmarks.turns import ready, take_turns
 from seqloom.fabric.launch import run_local
 
 SMALL = Step(64, hidden=64, layers=2, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=128, rows=4)
@@ -90,36 +91,14 @@ def choose(ranks: int, only: Sequence[str]) -> list[str]:
     return [c.name for c in contenders(ranks) if not only or c.name == BASE or any(part in c.name for part in only)]
 
 
-def _ready(case: Step, names: Sequence[str]) -> Iterator[tuple[Contender, Prepared | str]]:
-    for contender in contenders(distributed.get_world_size()):
-        if contender.name in names:
-            try:
-                yield contender, contender.prepare(case)
-            except Unavailable as reason:
-                yield contender, str(reason)
-
-
 def measure(case: Step, names: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """On each rank: the losses of every contender's first steps, and what it took in each round, keyed as ROUND."""
-    torch.set_num_threads(1)
-    said: dict[str, dict[str, Any]] = {}
-    ready: dict[str, Prepared] = {}
-    for contender, prepared in _ready(case, names):
-        if isinstance(prepared, str):
-            said[contender.name] = {"skipped": prepared}
-            continue
-        said[contender.name] = {"kind": contender.kind, **{key: [] for key in ROUND}}
-        ready[contender.name] = prepared
-    for name, prepared in ready.items():  # these rounds warm up too
+
+    def first_steps(prepared: Prepared) -> dict[str, Any]:
         found = [prepared.whole(prepared.run()) for _ in range(CHECKED)]
-        said[name]["losses"] = [None if step is None else float(step["loss"]) for step in found]
-    for number in range(repeats):
-        for name in rotated(list(ready), number):
-            for key, value in zip(ROUND, timed(ready[name]), strict=True):
-                said[name][key].append(value)
-    for prepared in ready.values():
-        prepared.close()
-    return said
+        return {"losses": [None if step is None else float(step["loss"]) for step in found]}
+
+    return take_turns(contenders(distributed.get_world_size()), case, names, repeats, first_steps)
 
 
 def agree(said: dict[str, dict[str, Any]], truth: Sequence[float]) -> None:
@@ -139,13 +118,13 @@ def peaks_of(ranks: int, case: Step, name: str) -> list[int]:
 def peak_bytes(case: Step, name: str) -> int:
     """On each rank: how far two steps lift a fresh process above what it held before it made its model."""
     torch.set_num_threads(1)
-    for _, prepared in _ready(SMALL, [name]):  # loads libraries
+    for _, prepared in ready(contenders(distributed.get_world_size()), SMALL, [name]):  # loads libraries
         assert isinstance(prepared, Prepared)
         prepared.run()
         prepared.close()
     gc.collect()
     before = status_bytes("VmRSS")
-    for _, prepared in _ready(case, [name]):
+    for _, prepared in ready(contenders(distributed.get_world_size()), case, [name]):
         assert isinstance(prepared, Prepared)
         gc.collect()
         distributed.barrier()
