@@ -21,7 +21,7 @@ from time import perf_counter
 from seqloom.errors import SeqloomError
 from seqloom.fabric.launch import run_local
 from seqloom.plan import ModelShape, Plan, every_plan, fit, fit_world, read_config, reasons
-from seqloom.verify import Case, verify_here
+from seqloom.verify import Case, Trajectory, verify_here
 
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 TOLERANCE = 1e-9
@@ -34,7 +34,7 @@ SIXTEEN = (
     "data=2 pipeline=2 ring=2 tensor=2",
     "data=2 pipeline=2 zero=3 ring=2 ulysses=2",
 )
-CHUNK = 24
+CHUNK = 48
 """Plans that one set of processes runs before another takes over: what leaks would otherwise add up."""
 
 
@@ -119,15 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for plan in listed[-1].dropped:
                 print(f"NOT RUN {model} '{plan}': the model grown to it refuses it")
             plans = listed[-1].plans[:: asked.every if world < 16 else 1]
-            rows += [kept[model, plan] for plan in plans if (model, plan) in kept]
-            plans = [plan for plan in plans if (model, plan) not in kept]
-            for start in range(0, 0 if asked.kept else len(plans), CHUNK):
-                new = ran(model, world, plans[start : start + CHUNK], asked.tokens)
+            group = [kept[model, plan] for plan in plans if (model, plan) in kept]
+            missing = [plan for plan in plans if (model, plan) not in kept and not asked.kept]
+            # Those that share the run on one device stand together.
+            missing.sort(key=lambda plan: _case(model, plan, asked.tokens).on_one_device)
+            for start in range(0, len(missing), CHUNK):
+                new = ran(model, world, missing[start : start + CHUNK], asked.tokens)
                 if asked.rows is not None:
                     with asked.rows.open("a", encoding="utf-8") as file:
                         file.writelines(json.dumps(asdict(row)) + "\n" for row in new)
-                rows += new
-                print(f"{model} {world}: {min(start + CHUNK, len(plans))} of {len(plans)}", flush=True)
+                group += new
+                print(f"{model} {world}: {min(start + CHUNK, len(missing))} of {len(missing)}", flush=True)
+            rows += sorted(group, key=lambda row: listed[-1].plans.index(row.plan))
     asked.out.write_text("\n".join(page(rows, listed, asked)) + "\n", encoding="utf-8")
     wrong = [row for row in rows if not row.equal]
     for row in wrong:
@@ -153,19 +156,22 @@ def ran(model: str, world: int, plans: Sequence[str], num_tokens: int) -> list[R
 def judged(model: str, plans: Sequence[str], num_tokens: int) -> list[Row]:
     """The rows of some plans, made by processes that are running; every rank calls it."""
     found = []
+    known: dict[str, Trajectory] = {}
     for text in plans:
-        plan = Plan.parse(text)
-        case = Case(
-            config=fit(read_config(model), plan, num_tokens),
-            plan=plan,
-            num_tokens=num_tokens,
-            steps=STEPS,
-            accumulate=MICRO_BATCHES,
-        )
-        verdict = verify_here(case)
+        case = _case(model, text, num_tokens)
+        verdict = verify_here(case, known)
         errors = (verdict.loss_error, verdict.gradient_norm_error)
-        found.append(Row(model, plan.world_size, text, *errors, verdict.worst_gradient_error, verdict.parameter_error))
+        found.append(
+            Row(model, case.plan.world_size, text, *errors, verdict.worst_gradient_error, verdict.parameter_error)
+        )
     return found
+
+
+def _case(model: str, text: str, num_tokens: int) -> Case:
+    """What is verified of a plan."""
+    plan = Plan.parse(text)
+    config = fit(read_config(model), plan, num_tokens)
+    return Case(config=config, plan=plan, num_tokens=num_tokens, steps=STEPS, accumulate=MICRO_BATCHES)
 
 
 def page(rows: Sequence[Row], listed: Sequence[Listed], asked: argparse.Namespace) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Prove that a plan computes what one device computes: same model, same weights, same batches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +99,12 @@ class Case:
         """Micro-batches of a step: `accumulate`, or more where the plan's schedule needs more."""
         return micro_batches_needed(self.plan, self.accumulate)
 
+    @property
+    def on_one_device(self) -> str:
+        """What its run on one device depends on; cases of equal words share that run."""
+        plan = Plan(data=self.plan.data) if self.dropout is None else self.plan  # the plan's coins say what drops
+        return repr(replace(self, plan=plan, accumulate=self.micro_batches))
+
     def batches(self) -> list[list[Batch]]:
         """For each step its global micro-batches of random tokens."""
         random = torch.Generator().manual_seed(self.seed)
@@ -136,12 +142,17 @@ def verify(case: Case) -> Verdict:
     return run_local(case.plan.world_size, verify_here, case)[0]
 
 
-def verify_here(case: Case) -> Verdict:
-    """`verify` inside processes that are running already; every rank calls it and gets the verdict."""
+def verify_here(case: Case, known: MutableMapping[str, Trajectory] | None = None) -> Verdict:
+    """`verify` inside processes that are running already; every rank calls it and gets the verdict.
+
+    known: runs on one device by `Case.on_one_device`, the same on every rank; read, and added to.
+    """
     case.check()
     fabric = Fabric.build(case.plan)
     with Float64Islands() if case.dtype == "float64" else nullcontext():
-        reference = _reference(case, fabric)
+        reference = (known or {}).get(case.on_one_device) or _reference(case, fabric)
+        if known is not None:
+            known[case.on_one_device] = reference
         run = _split(case, fabric)
         verdict = compare(run, reference, fabric, case.dtype)
         if not verdict.equal and case.plan.pipeline == 1:  # stages are not followed layer by layer yet
