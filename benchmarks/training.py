@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; exits with a sentence on what cannot be measured."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.partition("\n")[0])
-    parser.add_argument("--ranks", type=int, choices=(2, 4), default=2, help="processes of all but the first two")
+    parser.add_argument("--ranks", type=int, choices=(1, 2, 4), default=2, help="processes of all but the first two")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="of one sequence")
     parser.add_argument("--rows", type=int, default=4, help="sequences of a step")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds, after those that are checked")

@@ -174,10 +174,11 @@ def _made_trainer(case: Step) -> "tuple[Any, TemporaryDirectory[str]]":
 def contenders(ranks: int) -> tuple[Contender, ...]:
     """Who computes a step on so many processes."""
     plans = {
+        1: ("data=1",),
         2: ("data=2", "data=2 zero=3", "ring=2", "ulysses=2", "tensor=2"),
         4: ("data=4 zero=3", "data=2 tensor=2", "data=2 zero=3 tensor=2", "ring=2 tensor=2"),
     }[ranks]
-    torchs = {2: ((2, 1), (1, 2)), 4: ((4, 1), (2, 2))}[ranks]
+    torchs = {1: (), 2: ((2, 1), (1, 2)), 4: ((4, 1), (2, 2))}[ranks]
     return (
         Contender(BASE, "one", _one_process),
         Contender("Hugging Face Trainer, one process", "one", _trainer),

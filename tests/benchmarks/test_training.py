@@ -57,6 +57,11 @@ def test_every_contender_takes_the_same_steps(pool: Pool) -> None:
     assert pages(rows).count("\n|") == len(rows) + 2
 
 
+def test_one_process_is_ours_too(pool: Pool) -> None:
+    """Catches Trainer's one process beside two of ours only."""
+    assert set(held_together(pool, 1, [])[0]) - {TRAINER} == {BASE, "seqloom data=1"}
+
+
 @pytest.mark.sweep
 def test_four_ranks_take_the_same_steps(pool: Pool) -> None:
     """Catches plans and meshes of two axes that compute something else."""
