@@ -207,13 +207,15 @@ def test_checkpoint_of_another_run(finished: Finished, stopped: Path, override: 
 
 
 def test_other_text(pool: Pool, finished: Finished, stopped: Path) -> None:
-    """Catches files that were edited since: the same settings, another order of other sequences."""
-    text = finished.config.parent / "text.txt"
+    """Catches files that were edited since: the same settings, another order of other sequences. It is told before any
+    process starts, and by ranks of another machine, whose files may be others."""
+    text, config = finished.config.parent / "text.txt", load_config(finished.config, [f"run.folder={stopped}"])
     was, before = text.read_bytes(), contents(stopped)
     text.write_bytes(was.replace(b"quick", b"brisk", 1))
     try:
-        with pytest.raises(CheckpointError, match=r"was trained on other text than data\.files holds now"):
-            run_file(pool, finished.config, f"run.folder={stopped}", resume=True)
+        for found in (lambda: prepare(config, resume=True), lambda: pool.run(2, train, config, True)):
+            with pytest.raises(CheckpointError, match=r"was trained on other text than data\.files holds now"):
+                found()
     finally:
         text.write_bytes(was)
     assert contents(stopped) == before

@@ -86,6 +86,16 @@ def test_what_cannot_be_read_is_said_before_starting(tmp_path: Path) -> None:
         read(files=[str(tmp_path / "numbers.parquet")], text_key="said")
 
 
+def test_a_wrong_key_of_lines_is_said_before_starting(tmp_path: Path) -> None:
+    """Catches a key that the lines of a JSONL file lack, and a broken line, met only once the ranks read them."""
+    (tmp_path / "a.jsonl").write_text('\n{"body": "x"}\n')
+    (tmp_path / "b.JSONL").write_text("text\n")
+    assert complaint(tmp_path, files=[str(tmp_path / "a.jsonl")]).endswith(
+        "a.jsonl:2 has no key 'text' (it has body); set data.text_key to the one with the text."
+    )
+    assert "b.JSONL:1 is not JSON" in complaint(tmp_path, files=[str(tmp_path / "b.JSONL")])
+
+
 def test_the_library_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an ImportError where the way out should stand."""
     (tmp_path / "a.parquet").write_bytes(b"")

@@ -154,13 +154,25 @@ def test_refused_before_any_process(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize("name", ["/proc/run", "{}/text.txt/run", "{}/" + "a" * 300, "{}/dangling"])
+def test_a_folder_that_cannot_be_made(finished: Finished, tmp_path: Path, name: str) -> None:
+    """Catches a folder that only rank 0 finds it cannot write to, once all have read the text and built the model."""
+    (tmp_path / "text.txt").write_text("a file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "at all")
+    folder = name.format(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        prepare(load_config(finished.config, [f"run.folder={folder}"]), resume=False)
+    assert str(caught.value).startswith(f"run.folder {folder} cannot be written to (")
+    assert str(caught.value).endswith("; name another one.") and "\n" not in str(caught.value)
+
+
 def test_empty_text(pool: Pool, tmp_path: Path) -> None:
     """Catches training on nothing, or a folder left behind that then 'holds a run already'."""
     config = write_config(tmp_path)
     (tmp_path / "text.txt").write_text(" \n")
-    with pytest.raises(DataError, match="There is no text to train on"):
-        run_file(pool, config)
-    assert not (tmp_path / "run").exists()
+    for _ in range(2):
+        with pytest.raises(DataError, match="There is no text to train on"):
+            run_file(pool, config)
 
 
 def test_small_vocabulary(pool: Pool, finished: Finished, tmp_path: Path) -> None:

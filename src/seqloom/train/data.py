@@ -5,16 +5,17 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from glob import escape, iglob
-from typing import Any
+from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
 from seqloom.errors import DataError
 from seqloom.train.config import DataConfig
 from seqloom.train.packing import PackedText
-from seqloom.train.tables import ENDINGS, dataset_texts, table_texts
+from seqloom.train.tables import ENDINGS, dataset_texts, open_dataset, table_texts
 from seqloom.train.tokenizer import Tokenizer
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell half a surrogate pair, which no tokenizer takes
@@ -71,6 +72,18 @@ def find_files(globs: Sequence[str], key: str = "data.files") -> list[str]:
     return sorted(found)
 
 
+def glance(data: DataConfig, section: str) -> None:
+    """Raise DataError for what a look at the first row of each file tells: a wrong glob, `text_key`, split or format.
+
+    section: of the configuration, by which messages call it.
+    """
+    if data.dataset is not None:
+        open_dataset(data.dataset, data.split or "train", data.text_key)
+    reader = _Reader(data.text_key)
+    for file in find_files(data.files, f"{section}.files"):
+        reader.glance(file)
+
+
 @dataclass
 class _Reader:
     """Turns files into documents, and remembers what it had to skip or replace."""
@@ -81,16 +94,24 @@ class _Reader:
     empty_lines: list[str] = field(default_factory=list)
     replaced_lines: list[str] = field(default_factory=list)
 
+    def glance(self, file: str) -> None:
+        """Raise DataError where a file cannot be read, or its first row has no text."""
+        if file.lower().endswith(ENDINGS):
+            next(table_texts(file, self.text_key), None)
+            return
+        with _opened(file) as opened:
+            for number, line in enumerate(opened, start=1) if file.lower().endswith(".jsonl") else ():
+                if line.strip():
+                    self._value(f"{file}:{number}", line.decode("utf-8", errors="replace"))
+                    return
+
     def documents(self, file: str) -> Iterator[str]:
         """The documents of one file that are not empty, in order."""
         if file.lower().endswith(ENDINGS):
             yield from self.rows(table_texts(file, self.text_key))
             return
-        try:
-            with open(file, "rb") as opened:
-                raw = opened.read()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror}); make it readable or leave it out.") from error
+        with _opened(file) as opened:
+            raw = opened.read()
         if not raw.strip():
             self.empty_files.append(file)
             return
@@ -159,6 +180,15 @@ class _Reader:
             (self.replaced_lines, "{} with half a surrogate pair, replaced by U+FFFD", "line"),
         )
         return tuple(_note(places, sentence, what) for places, sentence, what in said if places)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[BinaryIO]:
+    try:
+        with open(file, "rb") as opened:
+            yield opened
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}); make it readable or leave it out.") from error
 
 
 def _note(places: list[str], sentence: str, what: str) -> str:

@@ -32,7 +32,7 @@ from seqloom.train.finite import check_finite
 from seqloom.train.method import TrainConfig
 from seqloom.train.optimizer import adamw
 from seqloom.train.packing import PackedText, order
-from seqloom.train.prepare import CHECKPOINTS, run_settings, sole_writer
+from seqloom.train.prepare import CHECKPOINTS, compare_text, run_settings, sole_writer
 from seqloom.train.progress import Display, Metrics, MetricsFile
 from seqloom.train.saving import Saves
 from seqloom.train.scale import LossScale
@@ -324,10 +324,6 @@ def _restore(
         )
     if path is None or progress is None:
         return None
-    if progress.text != text.fingerprint:
-        raise CheckpointError(
-            f"{path} was trained on other text than data.files holds now; "
-            "restore the files, or name another run.folder."
-        )
+    compare_text(path, progress, text)  # what this machine holds of it
     load(path, model, optimizer, fabric, seed=config.train.seed)
     return progress

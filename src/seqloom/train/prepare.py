@@ -2,20 +2,20 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from seqloom.errors import CheckpointError, ConfigError
 from seqloom.model import outline, probe
 from seqloom.plan import ModelShape, check
 from seqloom.train.checkpoint import Progress, newest, read_progress
-from seqloom.train.config import Config, DataConfig
+from seqloom.train.config import Config
 from seqloom.train.curriculum import begun, stretches
-from seqloom.train.data import find_files
-from seqloom.train.tables import ENDINGS, open_dataset, table_texts
+from seqloom.train.data import glance, load_text
+from seqloom.train.packing import PackedText
 from seqloom.train.tokenizer import load_tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -29,20 +29,20 @@ MAY_CHANGE = frozenset(
 
 
 def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
-    """Refuse what would fail later, before any process starts and before anything is written.
+    """Refuse what would fail later, before any process starts; what passes leaves the run's folder.
 
-    world: processes there are, where a launcher has started them already.
+    world: processes there are, where a launcher has started them already; these compare the text themselves.
     Returns notes for the user. Raises ConfigError, PlanError, ModelError, DataError, CheckpointError.
     """
     for stretch in stretches(config):
         _check_fit(stretch.config, world)
     shape = ModelShape.from_config(config.model.settings())
-    _find_text(config.data, "data")
+    glance(config.data, "data")
     if config.eval is not None:
-        _find_text(config.eval.as_data(config.data), "eval")
-    load_tokenizer(config.data.tokenizer, model_vocab=shape.vocab)
+        glance(config.eval.as_data(config.data), "eval")
+    tokenizer = load_tokenizer(config.data.tokenizer, model_vocab=shape.vocab)
     folder = config.run.folder
-    _check_writable(folder)
+    _make_folder(folder)  # of what is refused below, it is there already
     held = [name for name in (CHECKPOINTS, "metrics.jsonl") if (folder / name).exists()]
     if held and not resume:
         raise ConfigError(
@@ -53,7 +53,11 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
         return ()
     if path is None:
         return (f"There is no checkpoint in {folder} yet, so training starts from the beginning.",)
-    return _compare_settings(path, read_progress(path, contents=True), config)
+    progress = read_progress(path, contents=True)
+    notes = _compare_settings(path, progress, config)
+    if world is None:
+        compare_text(path, progress, load_text(config.data, tokenizer))
+    return notes
 
 
 def _check_fit(config: Config, world: int | None) -> None:
@@ -72,19 +76,14 @@ def _check_fit(config: Config, world: int | None) -> None:
     probe(outline(config.model.settings()), config.plan)
 
 
-def _find_text(data: DataConfig, section: str) -> None:
-    if data.dataset is not None:
-        open_dataset(data.dataset, data.split or "train", data.text_key)
-    for file in find_files(data.files, f"{section}.files"):
-        if file.lower().endswith(ENDINGS):
-            next(table_texts(file, data.text_key), None)
-
-
-def _check_writable(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "cannot be written to" if there.is_dir() else "is not a folder"
-        raise ConfigError(f"run.folder {folder} cannot be used: {there} {what}; name another one.")
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise ConfigError(f"run.folder {folder} cannot be written to ({said}); name another one.") from error
 
 
 def steps_taken(config: Config) -> int:
@@ -110,6 +109,15 @@ def sole_writer(folder: Path) -> Iterator[None]:
 def run_settings(config: Config) -> dict[str, Any]:
     """The configuration as plain values, the model's path replaced by what it says."""
     return config.model_dump(mode="json") | {"model": config.model.settings()}
+
+
+def compare_text(path: Path, progress: Progress, text: PackedText) -> None:
+    """Raise CheckpointError where a checkpoint was trained on other text."""
+    if progress.text != text.fingerprint:
+        raise CheckpointError(
+            f"{path} was trained on other text than data.files holds now; "
+            "restore the files, or name another run.folder."
+        )
 
 
 def _compare_settings(path: Path, progress: Progress, config: Config) -> tuple[str, ...]:
