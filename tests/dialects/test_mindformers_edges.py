@@ -69,8 +69,6 @@ def test_groups_that_repeat_the_shards() -> None:
         ("hidden_dropout_rate", "0.1"),
         ("sliding_window", "4096"),
         ("scaling_factor", "2.0"),
-        ("offset", "[1, 0]"),
-        ("pp_interleave_num", "2"),
         ("use_3d_tensor_parallel", "True"),
         ("brand_new", "7"),
     ],
@@ -84,7 +82,7 @@ def test_what_changes_a_model_is_said(option: str, value: str) -> None:
 
 def test_what_changes_a_pipeline_is_said() -> None:
     """Catches "no effect" for a schedule, pieces of a sequence, and capacities of experts."""
-    text = "parallel_config: {seq_split_num: 4}\nmoe_config: {capacity_factor: 1.1}\n"
+    text = "parallel_config: {seq_split_num: 4, pipeline_stage: 2}\nmoe_config: {capacity_factor: 1.1}\n"
     text += "parallel: {pipeline_config: {pipeline_scheduler: seqpipe}}"
     for option in (
         "parallel_config.seq_split_num",
@@ -137,3 +135,84 @@ def test_an_unknown_switch_that_is_off() -> None:
     """Catches "no effect" for a layout's switch that is off there and on here."""
     text = "parallelism: {tensor_parallel: 2, sequence_parallel: False}"
     assert note("mindformers", text, "parallelism.sequence_parallel", world=2).verdict == "changed"
+
+
+PIPELINE = """
+parallel_config: {pipeline_stage: %d, micro_batch_num: 32}
+parallel: {pipeline_config: {pipeline_interleave: %s, pipeline_scheduler: %s}}
+recompute_config: {recompute: %s}
+model: {model_config: {hidden_size: 64, num_heads: 4, num_layers: %d, pp_interleave_num: 2, offset: %s}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("values", "plan"),
+    [
+        (
+            (5, True, "1f1b", "[[2, 1, 0, 0, 0], [1, 0, 0, 0, 0]]", 48, "[[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]"),
+            "schedule=interleaved chunks=2 stages=4-5-5-5-5-5-5-5-5-4 "
+            "recompute=full:block:2/full:block:1/none/none/none/full:block:1/none/none/none/none",
+        ),
+        (
+            (2, True, "1f1b", "[3, 1]", 8, "0"),
+            "schedule=interleaved chunks=2 stages=2-2-2-2 recompute=full:block:2/full:block:1/full:block:1/none",
+        ),
+        ((2, True, "zero_bubble_v", "False", 16, "[[1, 0], [-1, 0]]"), "schedule=zbv stages=5-4-4-3"),
+        ((2, False, "gpipe", "[9, 1]", 16, "[1, -1]"), "schedule=gpipe stages=9-7 recompute=full:block:9/full:block:1"),
+        ((2, False, "1f1b", "[8, 1]", 16, "null"), "stages=8-8 recompute=full:block:8/full:block:1"),
+        ((4, True, "seqpipe", "False", 61, "[[0, 1, 1, 1], [1, 1, 1, -1]]"), None),
+    ],
+)
+def test_stages_and_schedules(values: tuple[object, ...], plan: str | None) -> None:
+    """Catches stages of other layers, chunks in another order, and recomputation of layers that are not theirs."""
+    if plan is None:
+        assert (
+            note("mindformers", PIPELINE % values, "parallel.pipeline_config.pipeline_scheduler").verdict == "changed"
+        )
+        return
+    assert translate("mindformers", [PIPELINE % values]).plan == Plan.parse(f"pipeline={values[0]} {plan}")
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ((2, True, "1f1b", "False", 8, "[1, -1, 0]"), "one whole number, 2 of them, or 2 lists of 2"),
+        ((2, False, "1f1b", "False", 9, "[1, 1]"), "adds up to 2, and 9 layers in 2 stages leave 1"),
+        ((4, False, "1f1b", "False", 4, "[1, -1, 0, 0]"), "leaves a stage between the ends without layers"),
+        ((2, True, "seqpip", "False", 8, "0"), "did you mean 'seqpipe'?"),
+    ],
+)
+def test_stages_that_are_none(values: tuple[object, ...], says: str) -> None:
+    """Catches an offset that loses or invents layers, which their code refuses, and a schedule nobody has."""
+    assert says in refusal("mindformers", PIPELINE % values)
+
+
+@pytest.mark.parametrize(
+    ("section", "plan"),
+    [
+        ("pipeline_parallel: 2, pipeline_parallel_layers_per_stage: '0-3|4-7'", "stages=4-4"),
+        ("pipeline_parallel: 2, pipeline_parallel_layers_per_stage: ['0-2', '3-7']", "stages=3-5"),
+        (
+            "pipeline_parallel: 2, pipeline_parallel_interleave_num: 2, "
+            "pipeline_parallel_layers_per_stage: '0-1,4-5|2-3,6-7'",
+            "schedule=interleaved chunks=2 stages=2-2-2-2",
+        ),
+        ("pipeline_parallel: 2, pipeline_parallel_schedule: GPipe, sequence_parallel: True", "schedule=gpipe"),
+    ],
+)
+def test_stages_of_the_newer_files(section: str, plan: str) -> None:
+    """Catches layers of other stages, and a schedule called unknown."""
+    assert translate("mindformers", [f"parallelism: {{{section}}}"]).plan == Plan.parse(f"pipeline=2 {plan}")
+
+
+def test_layers_of_the_newer_files_that_are_computed_again() -> None:
+    """Catches all layers computed again where four are asked for, and a rate, clip and seed without effect."""
+    text = "parallelism: {data_parallel_shard: 1}\nrecompute: {mode: full, full_recompute_layer: ['%s']}\n"
+    text += "training: {max_norm: 0.5, seed: 3}\nlr_scheduler: {learning_rate: 0.1, type: ConstantWarmUpLR}"
+    found = translate("mindformers", [text % "0-3"])
+    assert found.plan == Plan(recompute="full:block:4")
+    schedule = {"clip": 0.5, "seed": 3, "learning_rate": 0.1, "decay": "ConstantWarmUpLR"}
+    assert found.train["schedule"] == schedule
+    assert note("mindformers", text % "2-3", "recompute.full_recompute_layer").verdict == "changed"
+    offset = PIPELINE % (1, False, "1f1b", "False", 8, "0")
+    assert note("mindformers", offset, "model.model_config.offset").verdict == "no effect"

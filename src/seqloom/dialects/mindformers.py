@@ -11,7 +11,9 @@ from seqloom.dialects.context import axes, check_heads, mask_bytes
 from seqloom.dialects.ledger import Ledger, flatten, plain, shown
 from seqloom.dialects.mindformers_model import PLACES, find, model_of
 from seqloom.dialects.mindformers_options import check_names, close_all
+from seqloom.dialects.mindformers_pipeline import even, layers_of_stages, schedule, stages
 from seqloom.dialects.mindformers_train import training
+from seqloom.dialects.models import full
 from seqloom.dialects.pynative import pynative
 from seqloom.dialects.translation import MOST_RANKS, Draft, Translation, conclude
 from seqloom.errors import DialectError
@@ -50,9 +52,9 @@ def translate(
     else:
         fields = _static(ledger, world)
     check_names(ledger)
-    length = _length(ledger)
-    train, recompute = training(ledger, fields, length)
-    model = model_of(ledger, title)
+    length, model = _length(ledger), model_of(ledger, title)
+    counts = _stages(ledger, fields, _layers(ledger, model))
+    train, recompute = training(ledger, fields, length, counts)
     _attention(ledger, fields, length)
     heads, kv_heads = (
         find(ledger, "num_heads", "num_attention_heads"),
@@ -87,6 +89,25 @@ def _read(text: str) -> dict[Any, Any]:
     return values
 
 
+def _stages(ledger: Ledger, fields: dict[str, Any], layers: int | None) -> list[list[int]] | None:
+    """Write the stages into the fields where offset says them, or recomputation counts their layers."""
+    counts = layers_of_stages(ledger, fields, layers)
+    why = "the same number each, plus offset, as there"
+    if counts is None and isinstance(ledger.given.get("recompute_config.recompute"), list):
+        counts, why = even(fields, layers), "as many layers each, as there, since recompute counts them"
+    if counts is not None:
+        fields["stages"] = stages(fields, counts)
+        ledger.note(find(ledger, "offset") or "stages", "mapped", f"stages={fields['stages']}: {why}.")
+    return counts
+
+
+def _layers(ledger: Ledger, model: dict[str, Any] | None) -> int | None:
+    """The layers of the model, None where the file does not say."""
+    found = full(model).get("num_hidden_layers") if model else None
+    name = find(ledger, "num_layers", "num_hidden_layers")
+    return found if isinstance(found, int) else ledger.whole(name) if name else None
+
+
 def _length(ledger: Ledger) -> int | None:
     """The sequence length of the model or of the data."""
     name = find(ledger, "seq_length") or ("training.seq_length" if "training.seq_length" in ledger else None)
@@ -119,7 +140,7 @@ def _static(ledger: Ledger, world: int | None) -> dict[str, Any]:
             f"context_parallel {context} x pipeline_stage {degrees['pipeline']} = {product}; change one of them.",
         )
     fields: dict[str, Any] = dict(degrees) | _context(ledger, context)
-    fields |= _sequence_parallel(ledger, degrees["tensor"], context)
+    fields |= schedule(ledger, degrees["pipeline"]) | _sequence_parallel(ledger, degrees["tensor"], context)
     fields |= _zero(ledger, fields) | _experts(ledger, fields)
     return fields
 

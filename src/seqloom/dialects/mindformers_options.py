@@ -28,6 +28,10 @@ SECTIONS = {
     "swap_config": "It moves activations to host memory; what is computed, and how it is split, is the same.",
     "monitor_config": "It is about the measurement; it does not enter the plan.",
     "moe_config": "It sets capacities and routing; seqloom routes by the family's own rule and drops no token.",
+    "swap": "It moves activations to host memory; what is computed, and how it is split, is the same.",
+    "recompute_comm": "It keeps or repeats single operations; the result is the same.",
+    "monitor": "It is about the measurement; it does not enter the plan.",
+    "profiler": "It is about the measurement; it does not enter the plan.",
     "checkpoint": "Where a run saves is set under `run`.",
     "infer": "It is for inference.",
     "output_dir": "Where a run writes is set under `run`.",
@@ -59,6 +63,26 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
     "parallel_config.optimizer_shard": ("no effect", "Deprecated, and without effect there too."),
     "parallel_config.mem_coeff": ("no effect", "It is for the automatic mode."),
     "parallel_config.micro_batch_interleave_num": ("mapped", "It enters the batch."),
+    "parallelism.data_parallel_shard_strategy": ("no effect", "Nothing there reads it: parameters are shared out."),
+    **dict.fromkeys(
+        (
+            "parallelism.reshard_after_forward_policy",
+            "parallelism.pipeline_parallel_overlap_p2p",
+            "parallelism.pipeline_parallel_overlap_b_f",
+            "parallelism.pipeline_parallel_enable_dxdw_split",
+            "parallelism.pipeline_parallel_p2p_transport",
+            "parallelism.enable_mc2",
+            "parallelism.npu_nums_per_device",
+            "parallelism.moe_token_dispatcher_type",
+        ),
+        ("no effect", "It says when and how parts are sent and kept; the result is the same."),
+    ),
+    "parallelism.pipeline_parallel_microbatch_size": ("no effect", "Their trainer reckons it from the batch."),
+    "parallelism.disable_gradient_division": (
+        "no effect",
+        "Gradients are those of the mean loss over the global batch's labels.",
+    ),
+    "parallelism.enable_loss_parallel": ("no effect", "Nothing there reads it: the vocabulary is split either way."),
     "runner_config.sink_mode": ("no effect", "MindSpore's way to feed data."),
     "runner_config.sink_size": ("no effect", "MindSpore's way to feed data."),
     "run_mode": ("no effect", "It is train, finetune, eval or predict there; here the command says it."),
@@ -81,6 +105,15 @@ SCHEDULE = {
     "lr_schedule.warmup_steps": "warmup_steps",
     "lr_schedule.warmup_lr_init": "first_learning_rate",
     "lr_schedule.total_steps": "decay_steps",
+    "lr_scheduler.learning_rate": "learning_rate",
+    "lr_scheduler.lr_end": "final_learning_rate",
+    "lr_scheduler.min_lr": "final_learning_rate",
+    "lr_scheduler.type": "decay",
+    "lr_scheduler.warmup_ratio": "warmup_share",
+    "lr_scheduler.warmup_steps": "warmup_steps",
+    "lr_scheduler.warmup_lr_init": "first_learning_rate",
+    "lr_scheduler.total_steps": "decay_steps",
+    "training.max_norm": "clip",
     "optimizer.type": "optimizer",
     "optimizer.beta1": "beta1",
     "optimizer.beta2": "beta2",
@@ -92,6 +125,7 @@ SCHEDULE = {
     "runner_wrapper.max_grad_norm": "clip",
     "runner_wrapper.use_clip_grad": "clipped",
     "seed": "seed",
+    "training.seed": "seed",
 }
 """Options of the schedule, and what `train.schedule` calls them."""
 
@@ -106,7 +140,12 @@ _LAYOUT = {
     "parallelism": (
         "data_parallel_shard data_parallel_replicate tensor_parallel tensor_parallel_degree pipeline_parallel "
         "pipeline_parallel_degree context_parallel context_parallel_method context_parallel_async "
-        "ulysses_degree_in_cp expert_parallel expert_tensor_parallel"
+        "ulysses_degree_in_cp expert_parallel expert_tensor_parallel data_parallel_shard_strategy sequence_parallel "
+        "reshard_after_forward_policy cpu_offload disable_gradient_division pipeline_parallel_schedule "
+        "pipeline_parallel_interleave_num pipeline_parallel_layers_per_stage pipeline_parallel_microbatch_size "
+        "pipeline_parallel_overlap_p2p pipeline_parallel_overlap_b_f pipeline_parallel_enable_dxdw_split "
+        "pipeline_parallel_p2p_transport context_parallel_mask_type enable_loss_parallel enable_mc2 "
+        "npu_nums_per_device moe_token_dispatcher_type dense_fsdp_shard_size"
     ),
     "parallel": (
         "parallel_mode full_batch enable_parallel_optimizer parallel_optimizer_config gradients_mean enable_alltoall "
@@ -168,9 +207,6 @@ _MODEL_NOTHING = frozenset(
 """Keys of a model that are about kernels, types beside the computing one, tokens or inference."""
 
 _SPLIT = {
-    "offset": "Their stages differ by it in layers; here stages balance their cost. Write stages= in the plan.",
-    "pp_interleave_num": "The plan's pipeline is not interleaved; write schedule=interleaved chunks= in the plan.",
-    "pipeline_scheduler": "The plan's schedule is 1f1b; write schedule= in the plan.",
     "pipeline_interleave": "The plan's pipeline is not interleaved; write schedule=interleaved chunks= in the plan.",
     "seq_split_num": "A sequence is not cut into pieces that follow each other through the pipeline.",
     "use_3d_tensor_parallel": "Tensor ranks are one line here, not a grid of tp_x x tp_y x tp_z; the result is the "
@@ -223,7 +259,7 @@ def untouched(name: str) -> tuple[Verdict, str]:
     if name in BY_NAME:
         return BY_NAME[name]
     first = name.partition(".")[0]
-    if first in ("lr_schedule", "optimizer"):
+    if first in ("lr_schedule", "lr_scheduler", "optimizer"):
         return "changed", "It is not carried over; a run's schedule and optimizer have what `train` names."
     if first in ("model", "model_config", "pretrained_model_config"):
         if name.rpartition(".")[2] in _MODEL_NOTHING:

@@ -1,18 +1,24 @@
 """What MindFormers' YAML says of batches, recomputation, precision and the schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqloom.dialects.ledger import Ledger, plain
 from seqloom.dialects.mindformers_model import find
 from seqloom.dialects.mindformers_options import SCHEDULE
+from seqloom.dialects.mindformers_pipeline import again, again_of_layers
 
 CONFIG = "recompute_config."
 
 
-def training(ledger: Ledger, fields: Mapping[str, Any], length: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(`train` of a translation, fields of the plan that go with it)."""
-    recompute = _recompute(ledger, fields.get("pipeline", 1))
+def training(
+    ledger: Ledger, fields: Mapping[str, Any], length: int | None, counts: Sequence[Sequence[int]] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(`train` of a translation, fields of the plan that go with it).
+
+    counts: layers of each chunk of each pipeline rank, where they are known.
+    """
+    recompute = _recompute(ledger, fields, counts)
     schedule = {}
     for name, key in SCHEDULE.items():
         if ledger.given.get(name) is not None and key in schedule:
@@ -85,11 +91,14 @@ def _batch(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
     return {"micro_batch": micro or 1, "accumulate": accumulate, "global_batch": total}
 
 
-def _recompute(ledger: Ledger, pipeline: int) -> str:
+_FULL = "Not a switch or a list of whole numbers; recompute=full, the same result with more to compute."
+
+
+def _recompute(ledger: Ledger, fields: Mapping[str, Any], counts: Sequence[Sequence[int]] | None) -> str:
     """The plan's word: a switch is all layers, a list the first so many of each stage."""
     name = CONFIG + "recompute"
     if name not in ledger and "recompute.mode" in ledger:
-        name = "recompute.mode"
+        return _newer_recompute(ledger, fields)
     given = ledger.get(name)
     ledger.no_effect(
         "It keeps or repeats single operations; the result is the same.",
@@ -104,28 +113,37 @@ def _recompute(ledger: Ledger, pipeline: int) -> str:
     if given in (None, False, 0, "None", "none"):
         ledger.mapped("recompute=none.", name)
         return "none"
-    if given in (True, "full"):
+    if given is True:
         ledger.mapped("recompute=full.", name)
         return "full"
+    pipeline = fields.get("pipeline", 1)
     if type(given) is int and given > 0:
         given = [given] * pipeline
-    if isinstance(given, list) and given and all(type(each) is int and 0 <= each < 100_000 for each in given):
-        if len(given) > pipeline:
-            ledger.refuse(
-                name, f"{name} lists {len(given)} stages, more than pipeline_stage {pipeline}; make it as long."
-            )
-            return "none"
-        words = [f"full:block:{each}" if each else "none" for each in given]
-        words += ["none"] * (pipeline - len(words))
-        found = "/".join(words) if len(set(words)) > 1 else words[0]
-        ledger.mapped(f"recompute={found}: the first so many layers of each stage.", name)
-        return found
-    ledger.note(
-        name,
-        "changed",
-        "Not a switch or a list of whole numbers; recompute=full, the same result with more to compute.",
-    )
-    return "full"
+    if isinstance(given, list) and all(type(each) in (int, bool) for each in given) and len(given) > pipeline:
+        ledger.refuse(name, f"{name} lists {len(given)} stages, more than pipeline_stage {pipeline}; make it as long.")
+        return "none"
+    found = again(given, fields, counts) if isinstance(given, list) and given else None
+    if found is None:
+        ledger.note(name, "changed", _FULL)
+        return "full"
+    ledger.mapped(f"recompute={found}: the first so many layers of each stage.", name)
+    return found
+
+
+def _newer_recompute(ledger: Ledger, fields: Mapping[str, Any]) -> str:
+    """`recompute` of the newer files: a mode, and the numbers of the layers it is for."""
+    mode, listed = "recompute.mode", "recompute.full_recompute_layer"
+    given = ledger.get(mode)
+    if given in (None, False, "None", "none"):
+        ledger.mapped("recompute=none.", mode)
+        ledger.no_effect("It is for the mode full.", listed)
+        return "none"
+    found = "full" if ledger.get(listed) is None else again_of_layers(ledger.get(listed), fields)
+    if given != "full" or found is None:
+        ledger.changed("recompute=full computes whole layers again, all of them; the result is the same.", mode, listed)
+        return "full"
+    ledger.mapped(f"recompute={found}.", mode, listed)
+    return found
 
 
 _PRECISIONS = {

@@ -4,6 +4,7 @@ from typing import Any
 
 from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger
+from seqloom.dialects.mindformers_pipeline import newer_schedule
 from seqloom.dialects.translation import MOST_RANKS
 
 METHODS = ("colossal", "ulysses", "hybrid")
@@ -22,8 +23,17 @@ def pynative(ledger: Ledger, world: int | None) -> dict[str, Any]:
     )
     data = _data(ledger, world, tensor * pipeline * context)
     fields: dict[str, Any] = {"data": data, "tensor": tensor, "pipeline": pipeline} | _context(ledger, context)
+    fields |= newer_schedule(ledger, pipeline)
     fields["sequence_parallel"] = True
+    _sequence_parallel(ledger, tensor)
     fields["zero"] = 3 if data * context > 1 else 0
+    if ledger.flag(_P + "cpu_offload"):
+        fields["offload"] = True
+    ledger.each(
+        "changed" if "offload" in fields else "mapped",
+        _OFFLOAD if "offload" in fields else "Off.",
+        (_P + "cpu_offload",),
+    )
     if _P + "data_parallel_shard" not in ledger and fields["zero"]:
         why = "data_parallel_shard is not said: -1, their default, shares parameters out over data x context."
         ledger.note("zero", "mapped", f"zero=3: {why}")
@@ -38,6 +48,21 @@ def pynative(ledger: Ledger, world: int | None) -> dict[str, Any]:
             )
         fields |= {"expert": expert, "expert_tensor": 1}
     return fields
+
+
+_OFFLOAD = "offload=true: parameters, gradients and the optimizer's state wait in host memory."
+
+
+def _sequence_parallel(ledger: Ledger, tensor: int) -> None:
+    """Nothing reads their switch: tensor parallelism alone brings it."""
+    name = _P + "sequence_parallel"
+    if tensor == 1:
+        ledger.no_effect("There is one tensor rank.", name)
+    elif name in ledger and ledger.flag(name):
+        ledger.mapped("sequence_parallel=true.", name)
+    else:
+        why = "Nothing there reads it: tensor_parallel above 1 splits tokens between its linears, and so it is here."
+        ledger.changed(why, name)
 
 
 def _first(ledger: Ledger, *names: str) -> str:

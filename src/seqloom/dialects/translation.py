@@ -80,6 +80,9 @@ def conclude(ledger: Ledger, draft: Draft, keep_order: bool) -> Translation:
     except PlanError as error:
         raise DialectError(error.reasons, ledger.notes) from error
     plan = _order(ledger, plan, draft, keep_order)
+    if plan.pipeline > 1 and plan.stages is None:
+        why = "Not said: there stages have as many layers each, as far as that goes; here they balance their cost."
+        ledger.note("stages", "changed", f"{why} stages= in the plan says it.")
     length = draft.train.get("sequence_length")
     model = long_enough(ledger, draft.model, length)
     if model is not None:
@@ -113,11 +116,12 @@ def _order(ledger: Ledger, plan: Plan, draft: Draft, keep: bool) -> Plan:
         return plan
     said = draft.peculiar or f"{', '.join(theirs)} (fastest first)"
     if not keep:
+        way = f"order={'-'.join(draft.order)} in the plan, as --keep-rank-order writes it, keeps theirs."
         ledger.note(
             "rank order",
             "changed",
             f"The degrees are kept, the rank order is not: theirs is {said}, ours {', '.join(ours)}; "
-            "--keep-rank-order keeps it where it can.",
+            + ("no order of axes tells theirs." if draft.peculiar else way),
             value="-".join(theirs),
         )
         return plan
