@@ -27,7 +27,7 @@ Entry = tuple[tuple[int, ...], torch.dtype]
 def saved_state(model: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric) -> dict[str, Boxes]:
     """This rank's part of all that a checkpoint holds, sharing memory with what it is of."""
     state = boxes(pieces(model, lasting(model)), MODEL)
-    for piece, key in _stepped(model, optimizer):
+    for piece, key in stepped_pieces(model, optimizer):
         for kind, value in optimizer.state.get(key, {}).items():
             _add(state, piece, kind, value)
     return state | {
@@ -43,7 +43,7 @@ def state_to_load(model: nn.Module, optimizer: torch.optim.Optimizer, written: M
         if name.startswith(OPTIMIZER):
             kinds.setdefault(stem, []).append(kind)
     state = boxes(pieces(model, lasting(model)), MODEL)
-    for piece, key in _stepped(model, optimizer):
+    for piece, key in stepped_pieces(model, optimizer):
         held: dict[str, Tensor] = {}
         for kind in kinds.get(piece.name, ()):
             shape, dtype = written[f"{OPTIMIZER}{piece.name}.{kind}"]
@@ -55,7 +55,7 @@ def state_to_load(model: nn.Module, optimizer: torch.optim.Optimizer, written: M
 
 def share_numbers(model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Boxes]) -> None:
     """Give the parts of a packed parameter the number that was loaded for one of them: each counts its own steps."""
-    for piece, key in _stepped(model, optimizer):
+    for piece, key in stepped_pieces(model, optimizer):
         for kind, value in optimizer.state[key].items():
             if value.ndim == 0 and piece.shape != ():
                 [loaded] = state[f"{OPTIMIZER}{piece.name}.{kind}"].parts.values()
@@ -91,7 +91,7 @@ def differences(
     mine: dict[str, Entry] = {
         name: (held.shape, held.dtype) for name, held in boxes(pieces(model, lasting(model)), MODEL).items()
     }
-    trained = [piece.name for piece, _ in _stepped(model, optimizer)]
+    trained = [piece.name for piece, _ in stepped_pieces(model, optimizer)]
     here: dict[str, Entry] = {}
     stepped: set[str] = set()
     for entries, names in gather_values((mine, trained), fabric.world):
@@ -110,7 +110,7 @@ def differences(
     return found + [f"{name} is trained there and is not here" for name in sorted(moved - stepped)]
 
 
-def _stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Piece, Tensor]]:
+def stepped_pieces(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Piece, Tensor]]:
     """What this rank steps of each parameter, and the key under which the optimizer keeps its state.
 
     An optimizer that steps other tensors than the model's parameters says so in `stepped`.

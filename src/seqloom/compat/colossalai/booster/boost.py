@@ -14,6 +14,7 @@ from seqloom.compat.colossalai.booster.checkpoint import load, save_folder, save
 from seqloom.compat.colossalai.booster.model import BoostedModel
 from seqloom.compat.colossalai.booster.optimizer import BoostedOptimizer, adopt, names
 from seqloom.compat.colossalai.booster.plugin import _Plugin
+from seqloom.compat.colossalai.booster.resume import load_plain, load_stepped, save_plain, save_stepped
 from seqloom.compat.colossalai.state import LOGGER
 from seqloom.errors import ConfigError
 
@@ -113,31 +114,83 @@ class Booster:
         model: BoostedModel,
         checkpoint: str | Path,
         shard: bool = False,
+        gather_dtensor: bool = True,
+        prefix: str | None = None,
         size_per_shard: int = 1024,
         use_safetensors: bool = False,
-        **others: Any,
+        use_async: bool = False,
     ) -> None:
         """Whole weights under their Hugging Face names: one file, or, with shard, a folder for `from_pretrained`.
 
-        size_per_shard: in megabytes. use_safetensors: of one file, whose ending may say it too; folders hold
-        safetensors always. Every rank calls it together. Raises ConfigError for other arguments.
+        gather_dtensor: no effect. size_per_shard: in megabytes. use_safetensors: of one file, whose ending may say it
+        too; folders hold safetensors always. Every rank calls it together. Raises ConfigError for a prefix and for
+        use_async.
         """
-        _refuse_others("save_model", others, ("gather_dtensor",))
+        _refuse("save_model", prefix=prefix, use_async=use_async)
         if shard:
             save_folder(model, Path(checkpoint), size_per_shard)
         else:
             save_one(model, Path(checkpoint), safe=use_safetensors or str(checkpoint).endswith(".safetensors"))
 
-    def load_model(self, model: BoostedModel, checkpoint: str | Path, strict: bool = True, **others: Any) -> None:
-        """Weights that `save_model` or transformers saved. Raises CheckpointError where they do not fit."""
-        _refuse_others("load_model", others, ())
+    def load_model(
+        self,
+        model: BoostedModel,
+        checkpoint: str | Path,
+        strict: bool = True,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+    ) -> None:
+        """Weights that `save_model` or transformers saved. Raises CheckpointError where they do not fit.
+
+        low_cpu_mem_mode, num_threads: no effect.
+        """
         if not strict:
             raise ConfigError("strict=False would leave weights as they are; give a file that holds all of them.")
         load(model, Path(checkpoint))
 
+    def save_optimizer(
+        self,
+        optimizer: BoostedOptimizer,
+        checkpoint: str | Path,
+        shard: bool = False,
+        gather_dtensor: bool = True,
+        prefix: str | None = None,
+        size_per_shard: int = 1024,
+        use_async: bool = False,
+    ) -> None:
+        """The optimizer's state, its groups' settings and fp16's loss scale, in a folder `checkpoint`.
 
-def _refuse_others(name: str, given: dict[str, Any], idle: tuple[str, ...]) -> None:
-    if strange := [other for other, value in given.items() if value and other not in idle]:
+        shard, gather_dtensor, size_per_shard: no effect; each rank writes what it steps. Every rank calls it together.
+        Raises ConfigError for a prefix, for use_async and for state that is not of its parameter's shape.
+        """
+        _refuse("save_optimizer", prefix=prefix, use_async=use_async)
+        save_stepped(optimizer, Path(checkpoint))
+
+    def load_optimizer(
+        self,
+        optimizer: BoostedOptimizer,
+        checkpoint: str | Path,
+        low_cpu_mem_mode: bool = True,
+        num_threads: int = 1,
+    ) -> None:
+        """What `save_optimizer` saved, under whatever plan. Raises CheckpointError where it does not fit.
+
+        low_cpu_mem_mode, num_threads: no effect.
+        """
+        load_stepped(optimizer, Path(checkpoint))
+
+    def save_lr_scheduler(self, lr_scheduler: Any, checkpoint: str | Path) -> None:
+        """The scheduler's own state, in one file that rank 0 writes. Every rank calls it together."""
+        save_plain(lr_scheduler.state_dict(), Path(checkpoint), self.plugin.fabric.world)
+
+    def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str | Path) -> None:
+        """What `save_lr_scheduler` saved; the rate itself comes with the optimizer. Raises CheckpointError."""
+        lr_scheduler.load_state_dict(load_plain(Path(checkpoint)))
+
+
+def _refuse(name: str, **given: object) -> None:
+    """Raise ConfigError for arguments that are given and not done."""
+    if strange := [other for other, value in given.items() if value]:
         raise ConfigError(f"{name} does not do {', '.join(strange)}; leave it out.")
 
 
