@@ -13,5 +13,5 @@ def __getattr__(name: str) -> object:
     """Say which names there are."""
     raise AttributeError(
         f"seqloom.compat.colossalai has no '{name}'; it has {', '.join(__all__)} and the modules accelerator, booster, "
-        "context, core, nn and utils (docs/compat.md)."
+        "cluster, context, core, nn and utils (docs/compat.md)."
     )

@@ -55,8 +55,10 @@ class _GlobalContext:
         return distributed.get_world_size() if self._of_all(parallel_mode) else self._axis(parallel_mode).size
 
     def get_group(self, parallel_mode: ParallelMode) -> distributed.ProcessGroup | None:
-        """The group itself, None where it is this process alone. Raises ConfigError as `get_local_rank`."""
-        return distributed.group.WORLD if self._of_all(parallel_mode) else self._axis(parallel_mode).group
+        """The group itself, of one process where that is alone in it. Raises ConfigError as `get_local_rank`."""
+        if self._of_all(parallel_mode):
+            return distributed.group.WORLD
+        return self._axis(parallel_mode).group or PROCESS.alone
 
     def is_initialized(self, parallel_mode: ParallelMode) -> bool:
         """Whether `launch` made the groups of a mode."""

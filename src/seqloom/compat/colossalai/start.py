@@ -106,3 +106,4 @@ def _arrange(config: Mapping[str, Any] | str | Path) -> None:
             "alone; use a Booster with HybridParallelPlugin for pipelines and sequences."
         )
     PROCESS.fabric = Fabric.build(found.plan)
+    PROCESS.alone = PROCESS.fabric.alone()

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch.distributed import ProcessGroup
+
 from seqloom.dialects import Note
 from seqloom.errors import ConfigError
 from seqloom.fabric import Fabric
@@ -21,6 +23,7 @@ class Process:
     """The state of this process.
 
     launched: whether `launch` was called. fabric: the processes as the CONFIG arranges them, None without one.
+    alone: a group of this process, for torch.distributed, to which none means all.
     seed: what `launch` seeded generators with; dropout of boosted models draws from it.
     side: of the tensor grid, on which the module stands that is constructed next. dropouts: how many there are.
     """
@@ -28,6 +31,7 @@ class Process:
     launched: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
     fabric: Fabric | None = None
+    alone: ProcessGroup | None = None
     seed: int = 1024
     side: Literal["outer", "inner"] = "outer"
     dropouts: int = 0

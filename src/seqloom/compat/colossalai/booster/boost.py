@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from seqloom.compat.colossalai.booster.checkpoint import load, save_folder, save_one
 from seqloom.compat.colossalai.booster.model import BoostedModel
 from seqloom.compat.colossalai.booster.optimizer import BoostedOptimizer, adopt, names
-from seqloom.compat.colossalai.booster.plugin import _Plugin
+from seqloom.compat.colossalai.booster.plugin import TorchDDPPlugin, _Plugin
 from seqloom.compat.colossalai.booster.resume import load_plain, load_stepped, save_plain, save_stepped
 from seqloom.compat.colossalai.state import LOGGER
 from seqloom.errors import ConfigError
@@ -23,11 +23,16 @@ class Booster:
     """Puts a model and what trains it under a plugin's plan."""
 
     def __init__(self, device: Any = None, mixed_precision: Any = None, plugin: _Plugin | None = None) -> None:
-        """device, mixed_precision: no effect, as there with a plugin, which says both."""
+        """device: no effect. mixed_precision: fp16 or bf16 with TorchDDPPlugin; other plugins say it themselves."""
         if plugin is None:
             raise ConfigError(
                 "Booster was made without a plugin; give one of seqloom.compat.colossalai.booster.plugin."
             )
+        if mixed_precision is not None and isinstance(plugin, TorchDDPPlugin):
+            if mixed_precision not in ("fp16", "bf16"):
+                raise ConfigError(f"mixed_precision is {mixed_precision!r}; give 'fp16' or 'bf16'.")
+            plugin.settings = {**plugin.settings, "precision": mixed_precision}
+            mixed_precision = None
         for name, value in (("device", device), ("mixed_precision", mixed_precision)):
             if value is not None:
                 LOGGER.warning("%s: no effect. The plugin says it.", name)

@@ -36,7 +36,8 @@ class _Stages:
 class _Plugin:
     """A plan and its fabric, made of keyword arguments.
 
-    plan: seqloom's. notes: what became of each argument. fabric: the groups, made when the plugin is.
+    plan: seqloom's. notes: what became of each argument. fabric: the groups, made when the plugin is. tp_group and the
+    like: as theirs, of this process alone where the degree is 1. stage_manager: None without a pipeline.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -47,9 +48,14 @@ class _Plugin:
         self.plan, self.settings, self.notes = found.plan, found.train, (*found.notes, *_absent(arguments))
         tell(self.notes, distributed.get_rank())
         self.fabric = Fabric.build(self.plan)
-        self.stage_manager = _Stages(self.fabric.pipeline)
+        self.stage_manager = _Stages(self.fabric.pipeline) if self.plan.pipeline > 1 else None
         self.tp_size, self.pp_size, self.dp_size = self.plan.tensor, self.plan.pipeline, self.plan.data
         self.sp_size = self.plan.ring * self.plan.ulysses
+        alone, sequence = self.fabric.alone(), self.fabric.ring if self.plan.ring > 1 else self.fabric.ulysses
+        if self.plan.sequence_parallel and self.plan.tensor > 1:
+            sequence = self.fabric.tensor
+        self.tp_group, self.pp_group = self.fabric.tensor.group or alone, self.fabric.pipeline.group or alone
+        self.dp_group, self.sp_group = self.fabric.data.group or alone, sequence.group or alone
 
     def prepare_dataloader(
         self,
@@ -99,8 +105,12 @@ class HybridParallelPlugin(_Plugin):
         super().__init__(**dict(zip(HYBRID, placed, strict=False)), **arguments)
 
 
-class MoeHybridParallelPlugin(_Plugin):
+class MoeHybridParallelPlugin(HybridParallelPlugin):
     """The same with experts dealt to `ep_size` ranks."""
+
+    def __init__(self, **arguments: Any) -> None:
+        """The arguments of theirs by name, whose order changed between releases."""
+        super().__init__(**arguments)
 
 
 class GeminiPlugin(_Plugin):

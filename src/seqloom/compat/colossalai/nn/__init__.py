@@ -16,5 +16,6 @@ __all__ = ["Classifier", "CrossEntropyLoss", "Dropout", "Embedding", "LayerNorm"
 def __getattr__(name: str) -> object:
     """Say which layers there are."""
     raise AttributeError(
-        f"seqloom.compat.colossalai.nn has no '{name}'; it has {', '.join(__all__)} and the module optimizer."
+        f"seqloom.compat.colossalai.nn has no '{name}'; it has {', '.join(__all__)} and the modules lr_scheduler and "
+        "optimizer."
     )
