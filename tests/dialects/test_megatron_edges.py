@@ -55,7 +55,7 @@ def test_words_without_flags() -> None:
 def test_a_deepspeed_configuration_is_read_whole() -> None:
     """Catches Ulysses, MiCS, the batch, clipping and the loss scale of the file called without effect."""
     zero = {"stage": 3, "mics_shard_size": 2, "offload_param": {"device": "none"}}
-    rest = {"gradient_clipping": 0.5, "train_batch_size": 64, "optimizer": {"type": "SGD"}, "odd": 1}
+    rest = {"gradient_clipping": 0.5, "train_batch_size": 64, "odd": 1}
     fp16 = {"enabled": True, "initial_scale_power": 12}
     found, notes = read(
         deepspeed({"zero_optimization": zero, "fp16": fp16, **rest}, "--micro-batch-size 2 --clip-grad 1.0")
@@ -64,12 +64,73 @@ def test_a_deepspeed_configuration_is_read_whole() -> None:
     assert (found.train["accumulate"], found.train["precision"]) == (8, "fp16")
     assert found.train["schedule"] == {"clip": 0.5, "initial_loss_scale": 4096}
     assert notes["--clip-grad"].verdict == "no effect"
-    assert notes["deepspeed_config.optimizer.type"].verdict == notes["deepspeed_config.odd"].verdict == "changed"
+    assert notes["deepspeed_config.odd"].verdict == "changed"
     assert notes["deepspeed_config.zero_optimization.offload_param.device"].verdict == "no effect"
     sequence = {"sequence_parallel_size": 2, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
     found, _ = read(deepspeed({"zero_optimization": {"stage": 2}, **sequence}))
     assert (str(found.plan), found.train["global_batch"]) == ("data=2 zero=2 ulysses=2", 12)
     assert str(read("--ds-sequence-parallel-size 2", 4)[0].plan) == "data=2 ulysses=2"
+
+
+OPTIMIZER = {"type": "AdamW", "params": {"lr": 0.1, "betas": [0.8, 0.9], "weight_decay": 0.3}}
+WARMUP = {"warmup_num_steps": 10, "warmup_type": "linear", "total_num_steps": 90}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "params", "schedule"),
+    [
+        ("WarmupLR", {"warmup_max_lr": 0.2}, {"decay": "constant", "learning_rate": 0.2, "warmup_steps": 10}),
+        (
+            "WarmupDecayLR",
+            {"warmup_max_lr": 0.2},
+            {"decay": "linear", "learning_rate": 0.2, "decay_steps": 90, "final_learning_rate": 0.0},
+        ),
+        (
+            "WarmupCosineLR",
+            {"cos_min_ratio": 0.5},
+            {"decay": "cosine", "learning_rate": 0.1, "decay_steps": 90, "final_learning_rate": 0.05},
+        ),
+        ("OneCycle", {}, {"decay": "OneCycle"}),
+    ],
+)
+def test_an_optimizer_and_a_schedule_of_deepspeed(
+    scheduler: str, params: dict[str, object], schedule: dict[str, object]
+) -> None:
+    """Catches a rate, decay or warm-up of the file that is lost, and one that counts though flags make their own."""
+    config = {"optimizer": OPTIMIZER, "scheduler": {"type": scheduler, "params": {**WARMUP, **params}}}
+    found, _ = read(deepspeed(config))
+    said = found.train["schedule"]
+    assert schedule.items() <= said.items()
+    assert (said["optimizer"], said["betas"], said["weight_decay"], said["epsilon"], said["clip"]) == (
+        "AdamW",
+        [0.8, 0.9],
+        0.3,
+        1e-8,
+        0.0,
+    )
+    assert found.plan.zero == 0, "a configuration without a stage is stage 0"
+    found, notes = read(deepspeed(config, "--lr 0.5 --clip-grad 1.0"))
+    assert found.train["schedule"] == {"learning_rate": 0.5, "clip": 0.0}
+    assert notes["deepspeed_config.optimizer.params.lr"].verdict == notes["--clip-grad"].verdict == "no effect"
+    assert notes["deepspeed_config.scheduler.type"].verdict == "changed"
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        ("--tensor-model-parallel-size 2", "partitioned"),
+        ("--tensor-model-parallel-size 2 --checkpoint-in-cpu", "offloaded"),
+        ("--tensor-model-parallel-size 2 --sequence-parallel", "whole"),
+        ("", "whole"),
+    ],
+)
+def test_where_deepspeed_keeps_activations(flags: str, kept: str) -> None:
+    """Catches partitioned or offloaded checkpoints that are lost, or asked of ranks that share nothing."""
+    config = {"activation_checkpointing": {"partition_activations": True, "number_checkpoints": 4}}
+    found, notes = read(deepspeed(config, f"{flags} --deepspeed-activation-checkpointing"))
+    assert (found.plan.recompute, found.plan.activations) == ("full", kept)
+    assert notes["deepspeed_config.activation_checkpointing.number_checkpoints"].verdict == "no effect"
+    assert read(deepspeed(config, flags))[0].plan.activations == "whole"
 
 
 @pytest.mark.parametrize(

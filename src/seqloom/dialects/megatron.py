@@ -49,7 +49,7 @@ def translate(
         ledger, "--num-attention-heads", fields, heads, groups if "--group-query-attention" in ledger else heads
     )
     model = model_of(ledger, f"{title} {line.program or ''}", length)
-    fields |= zero(ledger, fields) | recomputation(ledger)
+    fields |= zero(ledger, fields) | recomputation(ledger, fields)
     train = training(ledger, fields["data"], length, fields["pipeline"])
     _rest(ledger, line)
     return conclude(ledger, Draft(fields, model, train, order), keep_order)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from seqloom.dialects.deepspeed_schedule import optimizer, scheduler
 from seqloom.dialects.flags import CommandLine
 from seqloom.dialects.ledger import Ledger, Verdict, flatten
 from seqloom.errors import DialectError
@@ -14,6 +15,8 @@ CONFIG = "--deepspeed_config"
 _INSIDE = "deepspeed_config."
 _HARMLESS = re.compile(
     r"steps_per_print|wall_clock_breakdown|dump_state|memory_breakdown|.*bucket_size|zero_allow_untested_optimizer|"
+    r"activation_checkpointing\.(number_checkpoints|contiguous_memory_optimization|synchronize_checkpoint_boundary|"
+    r"profile)|"
     r"(tensorboard|wandb|csv_monitor|comms_logger|flops_profiler)\b.*|"
     r"zero_optimization\.(overlap_comm|contiguous_gradients|reduce_scatter|allgather_partitions|round_robin_gradients|"
     r"sub_group_size|stage3_.*|offload_(param|optimizer)\..*)"
@@ -35,13 +38,20 @@ def agreed(ledger: Ledger, flag: str | None, inside: str) -> int | None:
 
 def schedule_of(ledger: Ledger) -> dict[str, Any]:
     """What the DeepSpeed configuration says of `train.schedule`."""
-    found: dict[str, Any] = {}
+    found = optimizer(ledger)
+    found |= scheduler(ledger, found.get("learning_rate"))
     clip, power = _INSIDE + "gradient_clipping", _INSIDE + "fp16.initial_scale_power"
-    if clip in ledger and (value := ledger.number(clip)) is not None:
+    if ledger.given.get(clip) == "auto":
+        ledger.changed("Left to the program, which is not read; --clip-grad counts.", clip)
+    elif clip in ledger and (value := ledger.number(clip)) is not None:
         found["clip"] = value
         ledger.mapped("train.schedule.clip: DeepSpeed clips by this.", clip)
         if "--clip-grad" in ledger and ledger.number("--clip-grad") != value:
             ledger.no_effect(f"The DeepSpeed configuration clips at {value}, and that counts.", "--clip-grad")
+    elif _is_read(ledger) and clip not in ledger:
+        found["clip"] = 0.0
+        ledger.note(clip, "mapped", "Not said: DeepSpeed does not clip.")
+        ledger.no_effect("DeepSpeed clips by gradient_clipping of its configuration, and none is said.", "--clip-grad")
     if power in ledger:
         found["initial_loss_scale"] = 2 ** ledger.whole(power, 16, least=0, most=64)
         ledger.mapped("train.schedule.initial_loss_scale.", power)
@@ -53,8 +63,6 @@ def unread(name: str) -> tuple[Verdict, str]:
     inside = name.removeprefix(_INSIDE)
     if inside != name and _HARMLESS.fullmatch(inside):
         return "no effect", "It is DeepSpeed's own memory, messages or reports; the result is the same."
-    if inside != name and inside.startswith(("optimizer.", "scheduler.")):
-        return "changed", "Optimizer and schedule are those of the flags, which the script hands to DeepSpeed."
     return "changed", "Not read here: it does not enter the plan, and what it changes there is not carried over."
 
 
@@ -120,6 +128,10 @@ def _deepspeed_stage(ledger: Ledger) -> int:
         else:
             ledger.mapped("As in the DeepSpeed configuration.", flag)
         return stage
+    if _is_read(ledger):
+        ledger.note(inside, "mapped", "Not said: stage 0, DeepSpeed's default.")
+        ledger.changed("The DeepSpeed configuration counts, and it names no stage: 0, its default.", flag)
+        return 0
     given = ledger.number(flag, 1.0)
     if given not in (0, 1, 2, 3):
         ledger.refuse(flag, f"{flag} is {given}; it is 0, 1, 2 or 3.")
@@ -157,6 +169,11 @@ def read_config(ledger: Ledger, line: CommandLine, folder: Path | None) -> None:
         ledger.given |= dict(flatten({"deepspeed_config": values}))
     except DialectError as error:
         ledger.refuse(name, str(error))
+
+
+def _is_read(ledger: Ledger) -> bool:
+    """Whether a DeepSpeed configuration was there."""
+    return any(name.partition(".")[0] == "deepspeed_config" for name in ledger.given)
 
 
 def _text_of(path: str, folder: Path | None) -> str | None:

@@ -119,8 +119,7 @@ NO_EFFECT = {
         "--adaptive-recompute-device-swap --reuse-fp32-param --enable-recompute-layers-per-pp-rank "
         "--recompute-in-bubble --recompute-in-advance --context-parallel-kv-cache-policy "
         "--context-parallel-cache-interval --adaptive-memory-optimization --smart-swap --empty-unused-memory-level "
-        "--synchronize-each-layer --contigious-checkpointing --profile-backward --split-transformers "
-        "--checkpoint-in-cpu --partition-activations"
+        "--synchronize-each-layer --contigious-checkpointing --profile-backward --split-transformers"
     ),
     _START: (
         "--nproc_per_node --nproc-per-node --nnodes --node_rank --node-rank --master_addr --master-addr "

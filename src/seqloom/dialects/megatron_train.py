@@ -1,5 +1,6 @@
 """What Megatron-style flags say of batches, ZeRO, recomputation and the schedule."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from seqloom.dialects.ledger import Ledger, as_whole, plain
@@ -128,8 +129,18 @@ def _precision(ledger: Ledger) -> str:
 _OLD_FULL = ("--checkpoint-activations", "--deepspeed-activation-checkpointing", "--recompute-full")
 
 
-def recomputation(ledger: Ledger) -> dict[str, Any]:
-    """recompute and activations of a plan, with their notes."""
+_PARTITIONED = ("--distribute-saved-activations", "--distribute-checkpointed-activations")
+_DEEPSPEED_KEPT = {
+    "--partition-activations": "partitioned",
+    "--checkpoint-in-cpu": "offloaded",
+    "deepspeed_config.activation_checkpointing.partition_activations": "partitioned",
+    "deepspeed_config.activation_checkpointing.cpu_checkpointing": "offloaded",
+}
+"""Where DeepSpeed keeps what recomputation starts from, if --deepspeed-activation-checkpointing is on."""
+
+
+def recomputation(ledger: Ledger, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """recompute and activations of a plan whose degrees are `fields`, with their notes."""
     recompute, why = _recompute(ledger)
     verdict = "changed" if why.startswith("Megatron's selective") else "mapped"
     names = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers", "--recompute-activations")
@@ -137,17 +148,37 @@ def recomputation(ledger: Ledger) -> dict[str, Any]:
     ledger.no_effect(
         "It is for full recomputation in an older form, whole layers one at a time.", "--checkpoint-num-layers"
     )
-    found: dict[str, Any] = {"recompute": recompute}
-    for name in ("--distribute-saved-activations", "--distribute-checkpointed-activations"):
-        if not ledger.flag(name):
-            continue
-        if recompute == "none":
-            ledger.refuse(
-                name, f"{name} distributes what recomputation keeps, and there is none; ask for full recomputation."
-            )
+    asked = [name for name in _PARTITIONED if ledger.flag(name)]
+    if asked and recompute == "none":
+        ledger.refuse(
+            asked[0],
+            f"{asked[0]} distributes what recomputation keeps, and there is none; ask for full recomputation.",
+        )
+    kept = dict.fromkeys(asked, "partitioned")
+    for name, word in _DEEPSPEED_KEPT.items():
+        if name not in ledger or not ledger.flag(name):
+            ledger.no_effect("Off.", name)
+        elif recompute == "none":
+            ledger.no_effect("Nothing is computed again, so nothing is kept for it.", name)
         else:
-            found["activations"] = "partitioned"
-            ledger.mapped("activations=partitioned.", name)
+            kept[name] = word
+    return {"recompute": recompute} | _kept(ledger, fields, kept)
+
+
+def _kept(ledger: Ledger, fields: Mapping[str, Any], asked: Mapping[str, str]) -> dict[str, Any]:
+    """Where what recomputation starts from is kept, as each of the options asked for says."""
+    whole = "There is one tensor rank." if fields.get("tensor", 1) == 1 else ""
+    if not whole and (fields.get("sequence_parallel") or fields.get("tensor_kind", "1d") != "1d"):
+        whole = "Tokens are split over the tensor ranks already."
+    found = {"activations": "offloaded"} if "offloaded" in asked.values() else {}
+    for name, word in asked.items():
+        if word == "partitioned" and whole:
+            ledger.no_effect(f"{whole} Each keeps its own part.", name)
+        elif word == "partitioned" and found.get("activations") == "offloaded":
+            ledger.changed("activations=offloaded, as another option asks: each rank's go to host memory whole.", name)
+        else:
+            found["activations"] = word
+            ledger.mapped(f"activations={word}.", name)
     return found
 
 
