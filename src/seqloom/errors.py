@@ -79,3 +79,14 @@ class DialectError(SeqloomError):
         self.reasons = tuple(" ".join(reason.split()) for reason in given)  # values of files may hold line ends
         self.notes = tuple(notes)
         super().__init__(" Also: ".join(self.reasons))
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with what it counts, as messages say it; noun: in the singular.
+
+    >>> counted(1, "process"), counted(4096, "token"), counted(0, "entry")
+    ('1 process', '4,096 tokens', '0 entries')
+    """
+    if number != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{number:,} {noun}"

@@ -162,7 +162,10 @@ VERIFY = ("verify", "--model", "llama")
             ("--plan", "ring=2", "--documents", "60,8", "--seq-len", "64"),
             "(60, 8) sum to 68; they must be positive and sum to the 64 tokens",
         ),
-        (("--plan", "ring=3", "--documents", "3,2"), "5 tokens are too few for ring=3 ulysses=1 layout=zigzag"),
+        (
+            ("--plan", "ring=3", "--documents", "3,2"),
+            "A sequence of 5 tokens is too short for ring=3 ulysses=1 layout=zigzag",
+        ),
         (("--plan", "ring=0"), "ring=0 is not a whole number from 1"),
         (
             ("--plan", "ulysses=8", "--heads", "6", "--kv-heads", "2"),
@@ -187,7 +190,10 @@ VERIFY = ("verify", "--model", "llama")
             ("--plan", "tensor=4 tensor_kind=2d tensor_overlap=ring"),
             "tensor_overlap=ring cuts the gathers of tensor_kind=1d, not of 2d; leave it out or use 1d.",
         ),
-        (("--plan", "tensor=8", "--seq-len", "7"), "7 tokens are too few for ring=1 ulysses=1 tensor=8 layout=zigzag"),
+        (
+            ("--plan", "tensor=8", "--seq-len", "7"),
+            "A sequence of 7 tokens is too short for ring=1 ulysses=1 tensor=8 layout=zigzag",
+        ),
         (("--plan", "ring=2", "--dtype", "float8"), "dtype 'float8' is unknown; it is one of float64, float32, bf16."),
         (("--plan", "ring=2", "--steps", "0"), "steps is 0; it must be at least 1."),
         (("--plan", "ring=2", "--batch", "0"), "batch is 0; it must be at least 1."),

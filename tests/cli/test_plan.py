@@ -36,7 +36,10 @@ def test_plan_that_is_legal(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("7", "--check", "ring=4"), "7 tokens are too few for ring=4 ulysses=1 layout=zigzag to give each rank at "),
+        (
+            ("7", "--check", "ring=4"),
+            "A sequence of 7 tokens is too short for ring=4 ulysses=1 layout=zigzag to give each rank at ",
+        ),
         (("64", "--check", "ring=2", "--world", "4"), "The plan 'ring=2' takes 2 processes, but there are 4. Try "),
         (("64", "--check", "ulysses=16", "--heads", "12"), "ulysses=16 is more than the model's 12 query heads, and "),
         (("64", "--check", "ring=4 inner_ring=3"), "inner_ring=3 does not divide ring=4; nearest to it do 2 and 4."),

@@ -416,7 +416,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[SeqloomError]]] = {
         ConfigError,
     ),
     "order='tp-tp'": (lambda: again(order="tp-tp"), PlanError),
-    "1 processes cannot be shared out": (lambda: again(tensor_model_parallel_size=3), PlanError),
+    "1 process cannot be shared out": (lambda: again(tensor_model_parallel_size=3), PlanError),
 }
 
 

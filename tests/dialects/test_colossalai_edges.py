@@ -112,7 +112,7 @@ def test_flags_of_another_system() -> None:
 def test_layers_for_other_stages() -> None:
     """Catches a list of stages that the pipeline does not have."""
     text = "HybridParallelPlugin(tp_size=1, pp_size=2, num_microbatches=2, num_layers_per_stage=[3])"
-    assert "lists 1 stages, and pp_size 2 x num_model_chunks 1 = 2" in refusal("colossalai", text, 2)
+    assert "lists 1 stage, and pp_size 2 x num_model_chunks 1 = 2" in refusal("colossalai", text, 2)
 
 
 def test_a_configuration_that_is_changed_after_it_is_made() -> None:

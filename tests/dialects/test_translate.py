@@ -60,7 +60,7 @@ PLUGIN = "HybridParallelPlugin(tp_size=%s, pp_size=1, enable_sequence_parallelis
             4,
             "needs --ulysses-degree-in-cp",
         ),
-        ("megatron", "--tensor-model-parallel-size 3", 8, "8 processes are no multiple of tensor 3 x"),
+        ("megatron", "--tensor-model-parallel-size 3", 8, "The world of 8 processes is no multiple of tensor 3 x"),
         ("megatron", "--tensor-model-parallel-sise 2", 8, "did you mean '--tensor-model-parallel-size'?"),
         ("megatron", "--tp-2d --tp-x 2 --tp-y 3 --tensor-model-parallel-size 4", 4, "--tp-x 2 x --tp-y 3 = 6, but"),
         (

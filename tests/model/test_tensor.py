@@ -297,7 +297,7 @@ def asked_too_much(what: str) -> None:
         ("twice", "split already, under 'ring=2'"),
         ("converted", "converted after parallelize"),
         ("no sequence", "without a sequence"),
-        ("last logits", "the logits of the last 1 tokens"),
+        ("last logits", "given logits_to_keep=1, which would keep"),
     ],
 )
 def test_what_a_split_model_refuses(pool: Pool, what: str, said: str) -> None:

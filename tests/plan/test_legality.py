@@ -114,15 +114,15 @@ def test_a_legal_plan_has_no_reasons() -> None:
             Plan(tensor=4, ring=2),
             7,
             {},
-            "7 tokens are too few for ring=2 ulysses=1 tensor=4 layout=zigzag to give each rank at least one; "
-            "the shortest sequence has 8.",
+            "A sequence of 7 tokens is too short for ring=2 ulysses=1 tensor=4 layout=zigzag to give each rank at "
+            "least one; the shortest sequence has 8.",
         ),
         (
             Plan(tensor=6, tensor_kind="2d", grid="3x2", layout="contiguous"),
             2,
             {},
-            "2 tokens are too few for ring=1 ulysses=1 tensor=6 tensor_kind=2d grid=3x2 layout=contiguous to give each "
-            "rank at least one; the shortest sequence has 3.",
+            "A sequence of 2 tokens is too short for ring=1 ulysses=1 tensor=6 tensor_kind=2d grid=3x2 "
+            "layout=contiguous to give each rank at least one; the shortest sequence has 3.",
         ),
         (
             Plan(ulysses=13),
@@ -136,21 +136,21 @@ def test_a_legal_plan_has_no_reasons() -> None:
             Plan(ring=4),
             7,
             {},
-            "7 tokens are too few for ring=4 ulysses=1 layout=zigzag to give each rank at least one; "
+            "A sequence of 7 tokens is too short for ring=4 ulysses=1 layout=zigzag to give each rank at least one; "
             "the shortest sequence has 8.",
         ),
         (
             Plan(ring=4, ulysses=3, layout="striped"),
             10,
             {},
-            "10 tokens are too few for ring=4 ulysses=3 layout=striped to give each rank at least one; "
+            "A sequence of 10 tokens is too short for ring=4 ulysses=3 layout=striped to give each rank at least one; "
             "the shortest sequence has 12.",
         ),
         (
             Plan(),
             5000,
             {},
-            "A sequence of 5000 tokens is longer than the model's 4096 positions; "
+            "A sequence of 5,000 tokens is longer than the model's 4,096 positions; "
             "use at most so many, or a model that has more.",
         ),
         (Plan(data=4), 64, {"batch": 6}, "A batch of 6 sequences cannot be split over data=4 (divisors: 1, 2, 3, 6)."),
@@ -226,13 +226,13 @@ def test_every_reason_is_given_at_once() -> None:
     expected = [
         "First fact.",
         "Second fact.",
-        "takes 2080 processes, but there are 8",
+        "takes 2,080 processes, but there are 8",
         "stages=1-0-1 names 3 stages",
         "between the ends without layers",
         "12 query heads cannot be split evenly over tensor=5",
         "ulysses=13 is more than the model's 12 query heads",
         "longer than the model's 10 positions",
-        "51 tokens are too few",
+        "51 tokens is too short",
         "A batch of 6 sequences",
     ]
     assert [part for part in expected if not any(part in reason for reason in found)] == []
@@ -242,6 +242,15 @@ def test_every_reason_is_given_at_once() -> None:
     assert caught.value.reasons == tuple(found)
     assert caught.value.nearest is None
     assert all(reason in str(caught.value) for reason in found)
+
+
+def test_one_is_said_in_the_singular() -> None:
+    """Catches sentences of 1 tokens, 1 query heads and 1 layers."""
+    model = replace(TINY, heads=1, kv_heads=1)
+    plan = Plan(tensor=2, pipeline=2, ring=2, stages="1", zero=1, zero_replicas=2)
+    said = " ".join(reasons(plan, model, 1, world=3, batch=1) + reasons(Plan(), TINY, world=2))
+    for part in ("1 token is", "1 query head cannot", "1 layer,", "1 stage,", "takes 1 process,"):
+        assert part in said, part
 
 
 def tokens_of_each_rank(plan: Plan, num_tokens: int, mask: Mask) -> list[int]:
@@ -410,7 +419,7 @@ REFUSALS: dict[str, Refused] = {
     "heads": (lambda: check(Plan(ulysses=16), TINY), "ulysses=16", "largest degree is 12. Try ring=2 ulysses=8."),
     "too short": (lambda: check(Plan(ring=4), TINY, 3), "3 tokens", "the shortest sequence has 8."),
     "empty sequence": (lambda: check(Plan(), TINY, 0), "0 tokens", "the shortest has 1."),
-    "too long": (lambda: check(Plan(), TINY, 5000), "5000 tokens", "4096 positions; use at most so many"),
+    "too long": (lambda: check(Plan(), TINY, 5000), "5,000 tokens", "4,096 positions; use at most so many"),
     "no pipeline": (lambda: check(Plan(chunks=2), FOUR), "pipeline above 1", "leave them out. Try data=1."),
     "too few layers": (
         lambda: check(Plan(pipeline=8), FOUR),

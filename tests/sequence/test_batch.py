@@ -76,7 +76,7 @@ def test_from_tokens_leaves_the_tokens_alone() -> None:
         ([[4], [5, -1]], r"row 1 \(5, -1\).*must be positive"),
         ([[4], [4, 0]], r"row 1 \(4, 0\).*must be positive"),
         ([[4], []], r"row 1 \(\) sum to 0"),
-        ([[4]], "for 1 rows, but the batch has 2"),
+        ([[4]], "for 1 row, but the batch has 2"),
         ([[4], [4], [4]], "for 3 rows, but the batch has 2"),
     ],
 )

@@ -148,7 +148,7 @@ BROKEN_PROGRESS = f"{WHOLE}progress.json is missing or broken; {ADVICE}"
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (truncate, f"{WHOLE}__1_0.distcp has 1000 bytes of "),
+        (truncate, f"{WHOLE}__1_0.distcp has 1,000 bytes of "),
         (lose("__0_0.distcp"), f"{WHOLE}__0_0.distcp has 0 bytes of "),
         (lose(".metadata"), f"{WHOLE}.metadata has 0 bytes of "),
         (lose("progress.json"), BROKEN_PROGRESS),

@@ -274,7 +274,9 @@ class TestReading:
         """Catches a run on no text at all."""
         (tmp_path / "a.txt").write_text("")
         (tmp_path / "b.jsonl").write_text('\n{"text": ""}\n')
-        with pytest.raises(DataError, match=r"There is no text to train on: the 2 files .*a\.txt, are all empty"):
+        with pytest.raises(
+            DataError, match=r"There is no text to train on: data.files matches 2 files, .*a\.txt, with nothing"
+        ):
             load(tmp_path)
 
     def test_unreadable_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,7 +359,7 @@ class TestTokenizers:
         packed = load_text(data, load_tokenizer(data.tokenizer, model_vocab=6))
         assert packed.batch([0, 1]).tokens.tolist() == [[3, 4, 3, 1], [5, 1, 1, 1]]
         assert packed.batch([0, 1]).labels.tolist() == [[4, 3, 1, -100], [1, -100, -100, -100]]
-        assert packed.notes == ("1 documents become no token at all and are skipped.",)
+        assert packed.notes == ("Skipped 1 document of which no token is left.",)
 
     def test_no_end_token(self, tmp_path: Path) -> None:
         """Catches documents that would run into each other."""

@@ -184,7 +184,7 @@ def test_options_reach_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 REFUSED = {
-    "--model llama --plan ring=2 --seq-len 1": ["1 tokens are too few", "ring=2"],
+    "--model llama --plan ring=2 --seq-len 1": ["A sequence of 1 token is too short", "ring=2"],
     "--model llama --plan ring=x": ["ring=x is not a whole number"],
     "--model llama --plan rnig=2": ["'rnig'", "did you mean 'ring'"],
     "--model lama --plan ring=2": [

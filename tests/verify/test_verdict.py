@@ -220,7 +220,7 @@ def test_errors_that_are_not_numbers_are_not_equal() -> None:
         ({"accumulate": -1}, "accumulate is -1"),
         ({"documents": (7, 13, 29)}, "sum to 49"),
         ({"num_tokens": 50}, "50 tokens"),
-        ({"num_tokens": 3, "documents": None}, "3 tokens are too few"),
+        ({"num_tokens": 3, "documents": None}, "A sequence of 3 tokens is too short"),
         ({"rule": Mask(documents=(3, 45))}, "documents of each row"),
         ({"documents": (1,) * TOKENS}, "No token predicts another"),
     ],

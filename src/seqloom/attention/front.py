@@ -12,7 +12,7 @@ from seqloom.attention.local import Scoring
 from seqloom.attention.ring import RING
 from seqloom.attention.rsa import RingSelfAttention
 from seqloom.attention.ulysses import to_heads, to_tokens
-from seqloom.errors import DataError
+from seqloom.errors import DataError, counted
 from seqloom.geometry import HeadSplit, Span, total
 from seqloom.sequence import SequenceShard
 
@@ -97,8 +97,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, sequence: SequenceShard) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if (x.shape[0], x.shape[2], x.dtype) != held:
             raise DataError(
-                f"{name} is {list(x.shape)} in {x.dtype}, but the sequence shard holds {held[0]} rows of {held[1]} "
-                f"tokens and q is in {held[2]}; pass tensors of the batch that came with the shard."
+                f"{name} is {list(x.shape)} in {x.dtype}, but the sequence shard holds {counted(held[0], 'row')} of "
+                f"{counted(held[1], 'token')} and q is in {held[2]}; pass tensors of the batch that came with the "
+                "shard."
             )
     heads, kv_heads, degree = q.shape[1], k.shape[1], sequence.ulysses.size
     if k.shape[3] != q.shape[3]:
@@ -124,7 +125,9 @@ def _check_options(
 ) -> None:
     for name, x in (("slopes", slopes), ("sinks", sinks)):
         if x is not None and tuple(x.shape) != (heads,):
-            raise DataError(f"{name} are {list(x.shape)}, but there are {heads} query heads; give one number a head.")
+            raise DataError(
+                f"{name} are {list(x.shape)}, but the model has {counted(heads, 'query head')}; give one number a head."
+            )
     if slopes is not None and slopes.requires_grad:
         raise DataError("slopes that are learned would get no gradient; give them detached, as ALiBi has them.")
     for name, number in (("scale", scale), ("soft cap", softcap)):

@@ -10,7 +10,7 @@ import yaml
 
 from seqloom.cli.notes import note_lines, translation_lines
 from seqloom.dialects import DIALECTS, notes_as_json, translate
-from seqloom.errors import ConfigError
+from seqloom.errors import ConfigError, counted
 from seqloom.fabric.launch import launched
 from seqloom.train import Config, Scale, translated
 
@@ -57,9 +57,9 @@ def read(
     config, train = run.config, run.config.train
     lines = ["Translation", *translation_lines(found), "", "This run:", *note_lines(run.notes)]
     lines.append(
-        f"  '{config.plan}' on {config.plan.world_size} processes; {train.steps:,} steps of {train.batch} sequences "
-        f"of {config.data.sequence_length:,} tokens, {train.micro_batch} at a time; {train.precision}, "
-        f"recompute={config.plan.recompute}."
+        f"  '{config.plan}' on {counted(config.plan.world_size, 'process')}; {counted(train.steps, 'step')} of "
+        f"{counted(train.batch, 'sequence')} of {counted(config.data.sequence_length, 'token')}, {train.micro_batch} "
+        f"at a time; {train.precision}, recompute={config.plan.recompute}."
     )
     lines.append(
         f"  All of it is in {config.run.folder}: translation.json, and config.yaml, which trains without --from."

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from seqloom.cli.shape import model_settings
-from seqloom.errors import PlanError
+from seqloom.errors import PlanError, counted
 
 
 def legal_lines(
@@ -27,8 +27,8 @@ def legal_lines(
             yield f"Not legal: '{asked}'. {error}"
     found = list(every_plan(shape, num_tokens, world=world))
     yield from map(str, found)
-    length = f" and sequences of {num_tokens:,} tokens" if num_tokens else ""
+    length = f" and sequences of {counted(num_tokens, 'token')}" if num_tokens else ""
     yield (
-        f"{len(found):,} legal plans of {world} processes for {shape.family} of {shape.heads} query heads and "
-        f"{shape.layers} layers{length}."
+        f"{counted(len(found), 'legal plan')} of {counted(world, 'process')} for {shape.family} of "
+        f"{counted(shape.heads, 'query head')} and {counted(shape.layers, 'layer')}{length}."
     )

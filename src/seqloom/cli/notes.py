@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from seqloom.errors import counted
+
 if TYPE_CHECKING:
     from seqloom.dialects import Note, Translation
 
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 def translation_lines(found: "Translation") -> list[str]:
     """A translation: the plan, what is trained, and a line for each option."""
     said = {key: value for key, value in found.train.items() if value not in (None, {}, "none")}
-    lines = [f"Plan: '{found.plan}' on {found.world_size} processes."]
+    lines = [f"Plan: '{found.plan}' on {counted(found.world_size, 'process')}."]
     lines += [f"Model: {json.dumps(found.model)}"] if found.model else ["Model: not known from these settings."]
     lines.append(f"Training: {json.dumps(said)}")
     for verdict in ("changed", "mapped", "no effect"):

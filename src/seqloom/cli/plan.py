@@ -8,7 +8,7 @@ import typer
 
 from seqloom.cli.listing import legal_lines
 from seqloom.cli.weights import weight_lines
-from seqloom.errors import ConfigError
+from seqloom.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from seqloom.geometry import Layout, Mask
@@ -51,8 +51,8 @@ def plan(  # noqa: PLR0913, PLR0917
     seq_len = sum(lengths) if lengths and seq_len is None else seq_len
     if lengths and sum(lengths) != seq_len:
         raise ConfigError(
-            f"--documents holds {sum(lengths)} tokens, but --seq-len is {seq_len}; leave --seq-len out, or make "
-            "the lengths add up to it."
+            f"--documents holds {counted(sum(lengths), 'token')}, but --seq-len is {seq_len}; leave --seq-len out, or "
+            "make the lengths add up to it."
         )
     if every:
         _drop({"--full": full, "--window": window is not None, "--prefix": prefix != 0, "--table": table})
@@ -105,10 +105,10 @@ def _cost(plan: "Plan", model: "ModelShape", num_tokens: int, mask: "Mask") -> I
     ]
     dealt = list(product(splits, range(plan.attention_ulysses)))
     yield (
-        f"Legal: '{plan}' on {plan.world_size} processes; each holds {_spread(outer)} of "
-        f"{num_tokens:,} tokens, and {_spread(split.queries(m).size for split, m in dealt)} of "
-        f"{model.heads} query heads and {_spread(split.keys(m).size for split, m in dealt)} of {model.kv_heads} "
-        "key/value heads in attention."
+        f"Legal: '{plan}' on {counted(plan.world_size, 'process')}; each holds {_spread(outer)} of "
+        f"{counted(num_tokens, 'token')}, and {_spread(split.queries(m).size for split, m in dealt)} of "
+        f"{counted(model.heads, 'query head')} and {_spread(split.keys(m).size for split, m in dealt)} of "
+        f"{counted(model.kv_heads, 'key/value head')} in attention."
     )
     if plan.pipeline > 1:
         yield _stages(plan, model, num_tokens)
@@ -151,8 +151,8 @@ def _stages(plan: "Plan", model: "ModelShape", num_tokens: int) -> str:
         for count in sorted({micro_batches_needed(plan, factor * plan.pipeline) for factor in (1, 2, 4)})
     )
     return (
-        f"Pipeline {plan.schedule}, layers of each stage: {dealt}. A step has at least {least} "
-        f"micro-batch{'es' * (least > 1)}, of which ranks wait {shares}, where stages cost the same."
+        f"Pipeline {plan.schedule}, layers of each stage: {dealt}. A step has at least "
+        f"{counted(least, 'micro-batch')}, of which ranks wait {shares}, where stages cost the same."
     )
 
 
@@ -165,7 +165,7 @@ def _grid(plan: "Plan", model: "ModelShape", outer: str, inner: str) -> str:
 
     def width(axis: str | None, channels: int) -> str:
         parts = _spread(chunks(channels, grid.axes[axis])) if axis else "all"
-        return f"{parts} of {channels:,} channels"
+        return f"{parts} of {counted(channels, 'channel')}"
 
     return (
         f"Tensor grid {axes}: in the residual stream {outer} tokens and "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seqloom.errors import ConfigError, SeqloomError
+from seqloom.errors import ConfigError, SeqloomError, counted
 
 if TYPE_CHECKING:
     from seqloom.train import Config, Summary
@@ -93,7 +93,9 @@ def _run(settings: "Config", resume: bool) -> "Summary":
         for stretch in phases:
             if settings.curriculum and speaks():
                 length = stretch.config.data.sequence_length
-                typer.echo(f"Until step {stretch.until}: '{stretch.config.plan}', sequences of {length:,} tokens.")
+                typer.echo(
+                    f"Until step {stretch.until}: '{stretch.config.plan}', sequences of {counted(length, 'token')}."
+                )
             if world is not None:
                 summary = run(settings, resume, stretch)
             else:
@@ -112,10 +114,10 @@ def _told(summary: "Summary") -> str:
     if summary.stopped:
         return f"Stopped and saved at step {summary.step} of {summary.steps}; the same command with --resume goes on."
     if summary.loss is None:
-        return f"All {summary.steps} steps were taken already; raise train.steps to train on."
+        return f"Nothing is left of {counted(summary.steps, 'step')}; raise train.steps to train on."
     against = "below" if summary.loss < summary.unigram_entropy else "above"
     return (
-        f"Trained {summary.step} steps. Mean loss of the last {summary.averaged}: {summary.loss:.3f} nats, "
+        f"Trained {counted(summary.step, 'step')}. Mean loss of the last {summary.averaged}: {summary.loss:.3f} nats, "
         f"{against} the text's unigram entropy of {summary.unigram_entropy:.3f}. "
         f"Metrics, checkpoints and the model are in {summary.folder}."
     )

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from seqloom.errors import counted
+
 if TYPE_CHECKING:
     from seqloom.geometry import Mask
     from seqloom.verify import Case, Verdict
@@ -97,7 +99,7 @@ def _mask_words(rule: "Mask", lengths: tuple[int, ...] | None) -> str:
     words = ["causal" if rule.causal else "full"]
     words += [f"window {rule.window}"] if rule.window else []
     words += [f"prefix {rule.prefix}"] if rule.prefix else []
-    words += [f"{len(lengths)} document{'s' * (len(lengths) > 1)}"] if lengths else []
+    words += [counted(len(lengths), "document")] if lengths else []
     return ", ".join(words)
 
 
@@ -106,7 +108,7 @@ def _table(verdict: dict[str, Any]) -> list[str]:
         ("loss", verdict["loss_error"], ""),
         ("gradient norm", verdict["gradient_norm_error"], ""),
         ("worst gradient", verdict["worst_gradient_error"], verdict["worst_parameter"]),
-        ("parameters", verdict["parameter_error"], f"after {verdict['steps']} step{'s' * (verdict['steps'] > 1)}"),
+        ("parameters", verdict["parameter_error"], f"after {counted(verdict['steps'], 'step')}"),
     ]
     lines = [
         f"{name:<15} error {error:.1e}  {'ok' if error <= verdict['tolerance'] else 'OVER'}  {said}".rstrip()
@@ -116,8 +118,9 @@ def _table(verdict: dict[str, Any]) -> list[str]:
     on, off = (", ".join(verdict[key]) for key in ("dropouts", "dropouts_off"))
     mask = f"{verdict['mask']}, " * (verdict["mask"] != "causal")
     return [
-        f"Plan '{verdict['plan']}' on {verdict['world_size']} processes, {verdict['num_tokens']} tokens, "
-        f"{mask}{verdict['dtype']}: {outcome} one device (tolerance {verdict['tolerance']:.1e}).",
+        f"Plan '{verdict['plan']}' on {counted(verdict['world_size'], 'process')}, "
+        f"{counted(verdict['num_tokens'], 'token')}, {mask}{verdict['dtype']}: {outcome} one device (tolerance "
+        f"{verdict['tolerance']:.1e}).",
         *lines,
         *([f"Both sides dropped out alike, with {on}."] if on else []),
         *([f"Dropout was off on both sides; the model has {off}."] if off else []),

@@ -10,6 +10,7 @@ from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger, Unread, flatten, shown
 from seqloom.dialects.literals import Source
 from seqloom.dialects.translation import Draft, Translation, conclude
+from seqloom.errors import counted
 
 MODES = ("1d", "2d", "2.5d", "3d", "sequence")
 ORDER = ("tensor", "ulysses", "ring", "pipeline", "data")
@@ -88,7 +89,7 @@ def _tensor(ledger: Ledger) -> tuple[dict[str, Any], int]:
     if "parallel.tensor.depth" in ledger and mode != "2.5d":
         ledger.refuse("parallel.tensor.depth", f"depth belongs to mode 2.5d, not {mode}; leave it out.")
         return {}, size
-    ledger.mapped(f"{size} ranks.", "parallel.tensor.size")
+    ledger.mapped(f"{counted(size, 'rank')}.", "parallel.tensor.size")
     if mode is None or (mode == "1d" and size == 1):
         ledger.mapped("No tensor parallelism.", "parallel.tensor.mode")
         if size > 1 and "parallel.tensor.mode" not in ledger:

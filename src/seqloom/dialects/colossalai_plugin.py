@@ -6,6 +6,7 @@ from typing import Any
 from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger
 from seqloom.dialects.translation import Draft
+from seqloom.errors import counted
 
 MODES = ("split_gather", "ring", "all_to_all", "ring_attn")
 IN_TENSOR = ("split_gather", "ring")
@@ -64,7 +65,11 @@ def data_degree(ledger: Ledger, world: int | None, size: int, said: str) -> int:
         return 1
     if world % size:
         lower = max(1, world // size) * size
-        ledger.refuse("world", f"{world} processes are no multiple of {said} = {size}; use {lower} or {lower + size}.")
+        ledger.refuse(
+            "world",
+            f"The world of {counted(world, 'process')} is no multiple of {said} = {size}; use {lower} or "
+            f"{lower + size}.",
+        )
     return max(1, world // size)
 
 
@@ -200,8 +205,8 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
         elif len(layers) != pipeline * chunks:
             ledger.refuse(
                 "num_layers_per_stage",
-                f"num_layers_per_stage lists {len(layers)} stages, and pp_size {pipeline} x num_model_chunks {chunks} "
-                f"= {pipeline * chunks}; make it as long.",
+                f"num_layers_per_stage lists {counted(len(layers), 'stage')}, and pp_size {pipeline} x "
+                f"num_model_chunks {chunks} = {pipeline * chunks}; make it as long.",
             )
         else:
             found["stages"] = "-".join(map(str, layers))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seqloom.dialects.ledger import Ledger
+from seqloom.errors import counted
 
 
 def axes(
@@ -25,17 +26,20 @@ def check_heads(ledger: Ledger, option: str, plan: Mapping[str, Any], heads: int
         return
     if heads % tensor:
         ledger.refuse(
-            option, f"{heads} query heads cannot be split evenly over tensor={tensor}; use a divisor of {heads}."
+            option,
+            f"{counted(heads, 'query head')} cannot be split evenly over tensor={tensor}; use a divisor of {heads}.",
         )
     elif ulysses * tensor > heads:
         ledger.refuse(
             option,
-            f"ulysses={ulysses} x tensor={tensor} is more than the {heads} query heads, and each rank takes at least "
-            f"one; the largest ulysses is {heads // tensor}.",
+            f"ulysses={ulysses} x tensor={tensor} is more than the {counted(heads, 'query head')}, and each rank "
+            f"takes at least one; the largest ulysses is {heads // tensor}.",
         )
     elif ulysses > 1:
         uneven = heads % (ulysses * tensor) or (kv_heads or heads) % (ulysses * tensor)
-        said = f"{heads} query and {kv_heads or heads} key/value heads over ulysses={ulysses} x tensor={tensor}"
+        said = (
+            f"{heads} query and {counted(kv_heads or heads, 'key/value head')} over ulysses={ulysses} x tensor={tensor}"
+        )
         ledger.note(
             option,
             "mapped",
@@ -53,8 +57,8 @@ def check_length(ledger: Ledger, option: str, length: int | None, divisor: int, 
         ledger.note(
             option,
             "mapped",
-            f"{length:,} tokens are no multiple of {said} = {divisor}, which is refused there; seqloom deals them "
-            "out unevenly.",
+            f"A sequence of {counted(length, 'token')} is no multiple of {said} = {divisor}, which is refused there; "
+            "seqloom deals them out unevenly.",
         )
 
 

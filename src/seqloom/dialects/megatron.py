@@ -14,7 +14,7 @@ from seqloom.dialects.megatron_model import model_of
 from seqloom.dialects.megatron_options import LAYOUT, untouched
 from seqloom.dialects.megatron_train import recomputation, training
 from seqloom.dialects.translation import OURS, Draft, Translation, conclude
-from seqloom.errors import DialectError
+from seqloom.errors import DialectError, counted
 
 
 def translate(
@@ -73,8 +73,9 @@ def _layout(
     if world % size:
         ledger.refuse(
             "world",
-            f"{world} processes are no multiple of tensor {tensor} x pipeline {pipeline} x context {context} = {size}; "
-            f"use {' or '.join(str(n * size) for n in (world // size, world // size + 1) if n)}.",
+            f"The world of {counted(world, 'process')} is no multiple of tensor {tensor} x pipeline {pipeline} x "
+            f"context {context} = {size}; use "
+            f"{' or '.join(str(n * size) for n in (world // size, world // size + 1) if n)}.",
         )
     fields |= _pipeline(ledger, pipeline) | _experts(ledger, tensor, world // pipeline, pipeline)
     order = ("tensor", "ulysses", "ring", "pipeline", "data") if ledger.flag("--use-tp-pp-dp-mapping") else OURS
@@ -87,11 +88,14 @@ def _world(ledger: Ledger, line: CommandLine, world: int | None, size: int) -> i
     if world is not None:
         if line.world is not None and line.world != world:
             ledger.note(
-                "world", "changed", f"The script starts {line.world} processes; --world {world} counts.", value=world
+                "world",
+                "changed",
+                f"The script starts {counted(line.world, 'process')}; --world {world} counts.",
+                value=world,
             )
         return world
     if line.world is not None:
-        ledger.note("world", "mapped", f"The launcher starts {line.world} processes.", value=line.world)
+        ledger.note("world", "mapped", f"The launcher starts {counted(line.world, 'process')}.", value=line.world)
         return line.world
     ledger.note(
         "world",
@@ -162,21 +166,21 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
         if layers % (pipeline * each) or layers == 0:
             ledger.refuse(
                 per,
-                f"{layers} layers cannot be cut into stages of {each} over {pipeline} pipeline ranks; give "
+                f"{counted(layers, 'layer')} cannot be cut into stages of {each} over {pipeline} pipeline ranks; give "
                 "--num-layers that can.",
             )
             return {}
         chunks = layers // (pipeline * each)
     found: dict[str, Any] = {"schedule": "interleaved", "chunks": chunks} if chunks > 1 else {}
-    ledger.mapped(f"{chunks} stages on each pipeline rank.", per, several)
+    ledger.mapped(f"{counted(chunks, 'stage')} on each pipeline rank.", per, several)
     listed = ledger.get("--num-layer-list")
     if listed is not None:
         counts, layers = [as_whole(each) for each in str(listed).split(",")], ledger.whole("--num-layers", 0)
         if None not in counts and layers and sum(each or 0 for each in counts) != layers:
             ledger.refuse(
                 "--num-layer-list",
-                f"--num-layer-list {listed} holds {sum(each or 0 for each in counts)} layers and --num-layers is "
-                f"{layers}; make them equal.",
+                f"--num-layer-list {listed} holds {counted(sum(each or 0 for each in counts), 'layer')} and "
+                f"--num-layers is {layers}; make them equal.",
             )
         found["stages"] = str(listed).replace(",", "-")
         ledger.mapped(f"stages={found['stages']}.", "--num-layer-list")
@@ -194,8 +198,8 @@ def _experts(ledger: Ledger, tensor: int, ranks: int, pipeline: int) -> dict[str
     if ranks % (expert * split):
         ledger.refuse(
             "--expert-model-parallel-size",
-            f"{ranks * pipeline} processes / pipeline {pipeline} = {ranks} are no multiple of expert {expert} x "
-            f"expert tensor {split}.",
+            f"{counted(ranks * pipeline, 'process')} / pipeline {pipeline} = {ranks} is no multiple of expert "
+            f"{expert} x expert tensor {split}.",
         )
     if split not in (1, tensor):
         ledger.refuse(

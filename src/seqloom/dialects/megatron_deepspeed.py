@@ -9,7 +9,7 @@ from typing import Any
 from seqloom.dialects.deepspeed_schedule import optimizer, scheduler
 from seqloom.dialects.flags import CommandLine
 from seqloom.dialects.ledger import Ledger, Verdict, flatten
-from seqloom.errors import DialectError
+from seqloom.errors import DialectError, counted
 
 CONFIG = "--deepspeed_config"
 _INSIDE = "deepspeed_config."
@@ -109,7 +109,9 @@ def _groups(ledger: Ledger, fields: Mapping[str, Any], stage: int) -> dict[str, 
         return {}
     given = ledger.whole(name)
     if ranks % given:
-        ledger.refuse(name, f"{name} {given} does not divide the {ranks} ranks that share; use a divisor of {ranks}.")
+        ledger.refuse(
+            name, f"{name} {given} does not divide {counted(ranks, 'rank')} that share; use a divisor of {ranks}."
+        )
         return {}
     groups = ranks // given if name == shard else given
     ledger.mapped(f"zero_replicas={groups}: groups that repeat the shares.", name)

@@ -7,6 +7,7 @@ from seqloom.dialects.ledger import Ledger, plain
 from seqloom.dialects.mindformers_model import find
 from seqloom.dialects.mindformers_options import SCHEDULE
 from seqloom.dialects.mindformers_pipeline import again, again_of_layers
+from seqloom.errors import counted
 
 CONFIG = "recompute_config."
 
@@ -64,7 +65,7 @@ def _batch(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
             )
         ledger.each("changed" if steps > 1 else "mapped", "Their trainer sets it to 1 beside a pipeline.", (gather,))
         accumulate = several * times
-        ledger.mapped(f"{several} micro-batches.", number)
+        ledger.mapped(f"{counted(several, 'micro-batch')}.", number)
     else:
         accumulate = steps * times
         if several > 1:
@@ -120,7 +121,9 @@ def _recompute(ledger: Ledger, fields: Mapping[str, Any], counts: Sequence[Seque
     if type(given) is int and given > 0:
         given = [given] * pipeline
     if isinstance(given, list) and all(type(each) in (int, bool) for each in given) and len(given) > pipeline:
-        ledger.refuse(name, f"{name} lists {len(given)} stages, more than pipeline_stage {pipeline}; make it as long.")
+        ledger.refuse(
+            name, f"{name} lists {counted(len(given), 'stage')}, more than pipeline_stage {pipeline}; make it as long."
+        )
         return "none"
     found = again(given, fields, counts) if isinstance(given, list) and given else None
     if found is None:

@@ -6,6 +6,7 @@ from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger
 from seqloom.dialects.mindformers_pipeline import newer_schedule
 from seqloom.dialects.translation import MOST_RANKS
+from seqloom.errors import counted
 
 METHODS = ("colossal", "ulysses", "hybrid")
 _P = "parallelism."
@@ -44,7 +45,8 @@ def pynative(ledger: Ledger, world: int | None) -> dict[str, Any]:
         ranks = data * context * tensor
         if ranks % expert:
             ledger.refuse(
-                _P + "expert_parallel", f"expert_parallel {expert} does not divide {ranks} ranks; use a divisor."
+                _P + "expert_parallel",
+                f"expert_parallel {expert} does not divide {counted(ranks, 'rank')}; use a divisor.",
             )
         fields |= {"expert": expert, "expert_tensor": 1}
     return fields

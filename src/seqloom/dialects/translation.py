@@ -6,7 +6,7 @@ from typing import Any
 
 from seqloom.dialects.ledger import Ledger, Note, plain, shown
 from seqloom.dialects.models import full
-from seqloom.errors import DialectError, ModelError, PlanError
+from seqloom.errors import DialectError, ModelError, PlanError, counted
 from seqloom.plan import ModelShape, Plan, reasons
 
 OURS = ("tensor", "ulysses", "ring", "data", "pipeline")
@@ -164,8 +164,8 @@ def _legality(ledger: Ledger, plan: Plan, model: dict[str, Any], length: int | N
         ledger.note(
             "heads",
             "mapped",
-            f"{shape.heads} query and {shape.kv_heads} key/value heads over {uneven} ranks do not divide evenly; "
-            "seqloom deals them out unevenly or repeats key/value heads, exactly.",
+            f"{shape.heads} query and {counted(shape.kv_heads, 'key/value head')} over {uneven} ranks do not divide "
+            "evenly; seqloom deals them out unevenly or repeats key/value heads, exactly.",
             value=shape.heads,
         )
     for reason in reasons(plan, shape, length):

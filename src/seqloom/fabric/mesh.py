@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from seqloom.errors import PlanError
+from seqloom.errors import PlanError, counted
 from seqloom.fabric.meter import Meter
 from seqloom.fabric.watch import Watch
 from seqloom.plan import Plan
@@ -110,7 +110,7 @@ class Fabric:
         started = distributed.is_initialized()
         world = distributed.get_world_size() if started else 1
         if plan.world_size != world:
-            raise PlanError(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
+            raise PlanError(f"The plan '{plan}' takes {counted(plan.world_size, 'process')}, but there are {world}.")
         rank = distributed.get_rank() if started else 0
         if device is None:
             device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import distributed
 
+from seqloom.errors import counted
+
 LOOK_SECONDS = 1.0
 """Between two looks for an alarm; a rank that has not answered after three of them is not going to."""
 
@@ -107,7 +109,7 @@ def missing(axis: str, number: int, ranks: Sequence[int], places: Mapping[int, M
         said = "every rank has arrived, so the connection between them is broken"
     else:
         said = "; ".join(f"rank {rank} has not arrived: {_standing(places.get(rank))}" for rank in late[:NAMED])
-        said += f"; nor have {len(late) - NAMED} more ranks" if len(late) > NAMED else ""
+        said += f"; nor have {counted(len(late) - NAMED, 'more rank')}" if len(late) > NAMED else ""
     outside = [rank for rank in elsewhere if rank not in ranks]
     if outside and all(rank in places and places[rank]["inside"] for rank in late):
         said += "; " + "; ".join(f"rank {rank} keeps them: {_standing(places[rank])}" for rank in outside[:NAMED])
@@ -117,7 +119,7 @@ def missing(axis: str, number: int, ranks: Sequence[int], places: Mapping[int, M
 def standings(world: int, places: Mapping[int, Mapping[str, Any]]) -> str:
     """Where every rank stands, for a collective that did not go through the fabric."""
     said = "; ".join(f"rank {rank}: {_standing(places.get(rank))}" for rank in range(min(world, NAMED)))
-    return said + (f"; and {world - NAMED} more ranks" if world > NAMED else "")
+    return said + (f"; and {counted(world - NAMED, 'more rank')}" if world > NAMED else "")
 
 
 def _standing(place: Mapping[str, Any] | None) -> str:

@@ -156,8 +156,8 @@ def _refuse_what_is_whole(model: nn.Module, _: tuple[Any, ...], given: dict[str,
         )
     if given.get("logits_to_keep"):
         raise ModelError(
-            f"{type(model).__name__} was asked for the logits of the last {given['logits_to_keep']} tokens, which "
-            "would be this rank's last; leave logits_to_keep out and take the positions of shard.spans."
+            f"{type(model).__name__} was given logits_to_keep={given['logits_to_keep']}, which "
+            "would keep this rank's last tokens; leave it out and take the positions of shard.spans."
         )
     if given.get("labels") is not None:
         raise ModelError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from seqloom.errors import ModelError
+from seqloom.errors import ModelError, counted
 from seqloom.fabric import Fabric
 from seqloom.model.adapter import NAME, attend, register
 from seqloom.model.bloom import reroute
@@ -43,8 +43,8 @@ class Probe:
         self.calls += 1
         if (query.shape[1], query.shape[2]) != (self.heads, self.tokens):
             self.wrong = self.wrong or (
-                f"{type(module).__name__} views its projections as {query.shape[1]} heads of {query.shape[2]} tokens "
-                f"where they hold {self.heads} of {self.tokens}"
+                f"{type(module).__name__} views its projections as {counted(query.shape[1], 'head')} of "
+                f"{counted(query.shape[2], 'token')} where they hold {self.heads} of {self.tokens}"
             )
 
 
@@ -91,7 +91,7 @@ def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
             f"{type(model).__name__} cannot be split over tensor={plan.tensor}: {problem}; use ring or data."
         )
     if problem or witness.calls != layers:
-        reached = problem or f"reached attention in {witness.calls} of {layers} layers"
+        reached = problem or f"reached attention in {witness.calls} of {counted(layers, 'layer')}"
         raise ModelError(
             f"{type(model).__name__} cannot be split: a sequence shard given to its forward {reached}, "
             "so its attention would not see the other shards; use a family that calls transformers' AttentionInterface."

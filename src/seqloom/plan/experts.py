@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqloom.errors import counted
 from seqloom.plan.grid import divisors
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
@@ -19,8 +20,8 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
         return
     if plan.expert > model.experts:
         yield (
-            f"expert={plan.expert} is more than the {model.experts} experts of a layer, and each rank takes at least "
-            f"one; the largest degree is {model.experts}."
+            f"expert={plan.expert} is more than the {counted(model.experts, 'expert')} of a layer, and each rank takes "
+            f"at least one; the largest degree is {model.experts}."
         )
     if plan.expert_tensor > 1 and model.family in _INTERLEAVED:
         yield (
@@ -38,7 +39,10 @@ def expert_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
         ranks, axes = ranks * plan.tensor, f"{axes} x tensor"
     if ranks % plan.expert:
         degrees = ", ".join(str(degree) for degree in divisors(ranks) if degree <= model.experts)
-        yield f"expert={plan.expert} does not divide the {ranks} ranks of {axes}; use a degree that does: {degrees}."
+        yield (
+            f"expert={plan.expert} does not divide the {counted(ranks, 'rank')} of {axes}; use a degree that does: "
+            f"{degrees}."
+        )
 
 
 _INTERLEAVED = ("gpt_oss",)

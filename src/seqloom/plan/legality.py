@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqloom.errors import counted
 from seqloom.plan.experts import expert_reasons
 from seqloom.plan.grid import divisors
 from seqloom.plan.pipeline import pipeline_reasons
@@ -29,7 +30,7 @@ def reasons(
     if world is not None and not 1 <= world <= MOST:
         return [*found, f"A world of {world} processes is not possible; it has 1 to {MOST:,}."]
     if world is not None and plan.world_size != world:
-        found.append(f"The plan '{plan}' takes {plan.world_size} processes, but there are {world}.")
+        found.append(f"The plan '{plan}' takes {counted(plan.world_size, 'process')}, but there are {world}.")
     found += tensor_reasons(plan, model)
     found += _ulysses_reasons(plan, model)
     found += zero_reasons(plan)
@@ -47,14 +48,15 @@ def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -
     if num_tokens is not None and 0 < num_tokens < shortest(plan):
         tensor = f" {_tensor_words(plan)}" if _piece(plan) > 1 or plan.tensor_grid.tokens > 1 else ""
         yield (
-            f"{num_tokens} tokens are too few for ring={plan.ring} ulysses={plan.ulysses}{tensor} "
-            f"layout={plan.layout} to give each rank at least one; the shortest sequence has {shortest(plan)}."
+            f"A sequence of {counted(num_tokens, 'token')} is too short for ring={plan.ring} "
+            f"ulysses={plan.ulysses}{tensor} layout={plan.layout} to give each rank at least one; the shortest "
+            f"sequence has {shortest(plan)}."
         )
     if batch is not None and batch < 1:
-        yield f"A batch of {batch} sequences is empty; the smallest has 1."
+        yield f"A batch of {counted(batch, 'sequence')} is empty; the smallest has 1."
     elif batch is not None and batch % plan.data:
         yield (
-            f"A batch of {batch} sequences cannot be split over data={plan.data} "
+            f"A batch of {counted(batch, 'sequence')} cannot be split over data={plan.data} "
             f"(divisors: {_listed(divisors(batch))})."
         )
 
@@ -81,7 +83,7 @@ def tensor_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
         elif plan.tensor_kind == "3d":
             over, of = f"the {ranks} input ranks of {_tensor_words(plan)}", "number of input ranks"
         yield (
-            f"{model.heads} query heads cannot be split evenly over {over}; use a {of} that divides them: "
+            f"{counted(model.heads, 'query head')} cannot be split evenly over {over}; use a {of} that divides them: "
             f"{_listed(divisors(model.heads))}."
         )
 
@@ -114,8 +116,8 @@ def _length_reasons(model: ModelShape, num_tokens: int) -> Iterator[str]:
         return
     if model.max_positions is not None and num_tokens > model.max_positions:
         yield (
-            f"A sequence of {num_tokens} tokens is longer than the model's {model.max_positions} positions; "
-            "use at most so many, or a model that has more."
+            f"A sequence of {counted(num_tokens, 'token')} is longer than the model's "
+            f"{counted(model.max_positions, 'position')}; use at most so many, or a model that has more."
         )
 
 

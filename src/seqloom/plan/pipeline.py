@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqloom.errors import counted
 from seqloom.plan.plan import Plan
 from seqloom.plan.shape import ModelShape
 
@@ -123,7 +124,7 @@ def pipeline_reasons(plan: Plan, model: ModelShape, micro_batches: int | None = 
     yield from _stage_reasons(plan, model)
     if micro_batches is not None and (needed := micro_batches_needed(plan, micro_batches)) > micro_batches:
         yield (
-            f"A step of {micro_batches} micro-batch{'es' * (micro_batches > 1)} cannot be ordered by schedule="
+            f"A step of {counted(micro_batches, 'micro-batch')} cannot be ordered by schedule="
             f"{plan.schedule} over pipeline={plan.pipeline}; accumulate {needed}, or use schedule=gpipe."
         )
 
@@ -145,17 +146,20 @@ def _stage_reasons(plan: Plan, model: ModelShape) -> Iterator[str]:
     if plan.stages is None:
         if model.layers < (least := plan.num_stages - 2):
             yield (
-                f"{model.layers} layers cannot be cut into {plan.num_stages} stages: all but the first and the last "
-                f"need one each; use a model of at least {least} layers, or fewer stages."
+                f"{counted(model.layers, 'layer')} cannot be cut into {plan.num_stages} stages: all but the first and "
+                f"the last need one each; use a model of at least {least} layers, or fewer stages."
             )
         return
     given = [int(layers) for layers in plan.stages.split("-")]
     if len(given) != plan.num_stages:
         yield (
-            f"stages={plan.stages} names {len(given)} stages, but the plan has {plan.num_stages}; name as many, "
-            "or leave stages out."
+            f"stages={plan.stages} names {counted(len(given), 'stage')}, but the plan has {plan.num_stages}; name as "
+            "many, or leave stages out."
         )
     if sum(given) != model.layers:
-        yield f"stages={plan.stages} names {sum(given)} layers, but the model has {model.layers}; make them add up."
+        yield (
+            f"stages={plan.stages} names {counted(sum(given), 'layer')}, but the model has {model.layers}; make them "
+            "add up."
+        )
     if 0 in given[1:-1]:
         yield f"stages={plan.stages} leaves a stage between the ends without layers; only the ends may have none."

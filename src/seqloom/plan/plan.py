@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from math import isqrt, prod
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from seqloom.errors import PlanError
+from seqloom.errors import PlanError, counted
 from seqloom.plan.grid import Grid, TensorKind, divisors
 
 Exchange = Literal["ring", "gather", "needed", "rsa"]
@@ -287,8 +287,8 @@ def _wrong_tensor(plan: Plan) -> Iterator[str]:
         return
     if plan.grid:
         yield (
-            f"grid={plan.grid}{f' depth={plan.depth}' if plan.depth > 1 else ''} has {prod(sizes)} ranks, but "
-            f"tensor={tensor}; use tensor={prod(sizes)} or another grid."
+            f"grid={plan.grid}{f' depth={plan.depth}' if plan.depth > 1 else ''} has {counted(prod(sizes), 'rank')}, "
+            f"but tensor={tensor}; use tensor={prod(sizes)} or another grid."
         )
     elif kind == "3d":
         yield (

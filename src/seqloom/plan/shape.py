@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seqloom.errors import ModelError
+from seqloom.errors import ModelError, counted
 from seqloom.plan.sizes import misfits
 from seqloom.plan.tiny import EXPERTS, FAMILIES
 
@@ -306,7 +306,7 @@ def _windows(family: str, values: Mapping[str, Any]) -> tuple[int | None, ...]:
     if not isinstance(types, list) or len(types) != layers or not {_SLIDING, _FULL}.issuperset(map(str, types)):
         raise ModelError(
             f"The model configuration's layer_types is {types!r}; "
-            f"it must name one of '{_FULL}' and '{_SLIDING}' for each of the {layers} layers."
+            f"it must name one of '{_FULL}' and '{_SLIDING}' for each of {counted(layers, 'layer')}."
         )
     return tuple(window if kind == _SLIDING else None for kind in types)
 

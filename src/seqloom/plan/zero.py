@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from seqloom.errors import counted
 from seqloom.plan.grid import divisors
 from seqloom.plan.plan import Plan
 
@@ -23,8 +24,8 @@ def zero_reasons(plan: Plan) -> Iterator[str]:
         fitting = list(map(str, divisors(replicas)[1:-1]))
         way = f"use {' or '.join(fitting)}, or leave it out" if fitting else "leave it out"
         yield (
-            f"zero_replicas={groups} does not cut the {replicas} ranks of data x ring x ulysses in groups that share "
-            f"something out; {way}."
+            f"zero_replicas={groups} does not cut the {counted(replicas, 'rank')} of data x ring x ulysses in groups "
+            f"that share something out; {way}."
         )
     if plan.offload and plan.zero < 2:
         yield (

@@ -10,6 +10,7 @@ from statistics import median
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from seqloom.errors import counted
 from seqloom.geometry import Layout, Mask, total
 from seqloom.plan import Plan, cut, run_again
 from seqloom.planner import all_reduce_bytes, attention_bytes, tensor_bytes
@@ -283,7 +284,7 @@ def traffic(folder: Folder) -> tuple[Traffic, ...]:
         accumulate_bytes=max(item, 4),
     )
     times = shape.layers * run.accumulate
-    each = f"{shape.layers} layers" + (f" x {run.accumulate} micro-batches" if run.accumulate > 1 else "")
+    each = counted(shape.layers, "layer") + (f" x {run.accumulate} micro-batches" if run.accumulate > 1 else "")
     known: dict[str, tuple[int, str, int | None]] = {}
     outer, inner = plan.rings
     degrees = {"ring": outer * inner, "outer_ring": outer, "inner_ring": inner, "ulysses": plan.attention_ulysses}
@@ -322,7 +323,7 @@ def _tensor_axes(folder: Folder, item: int, each: str) -> dict[str, tuple[int, s
 
 
 def _repeated(layers: int) -> str:
-    return f", forward once more in {layers} layers" if layers else ""
+    return f", forward once more in {counted(layers, 'layer')}" if layers else ""
 
 
 def _axis_traffic(axis: str, known: tuple[int, str, int | None] | None, steps: Sequence[Step]) -> Traffic:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 
-from seqloom.errors import DataError, SeqloomError
+from seqloom.errors import DataError, SeqloomError, counted
 from seqloom.plan import ModelShape, Plan
 
 
@@ -118,8 +118,8 @@ def read_folder(path: Path) -> Folder:
         raise DataError(f"{run_file} does not describe a run: {error}") from error
     if plan.world_size != run.world_size:
         raise DataError(
-            f"{run_file} speaks of {run.world_size} processes, but its plan '{plan}' takes {plan.world_size}; "
-            "train again."
+            f"{run_file} speaks of {counted(run.world_size, 'process')}, but its plan '{plan}' takes "
+            f"{plan.world_size}; train again."
         )
     lines = enumerate(_text(metrics_file).splitlines(), start=1)
     steps = [_parse(Step, line, f"{metrics_file} line {number}") for number, line in lines if line.strip()]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from seqloom.errors import DataError
+from seqloom.errors import DataError, counted
 from seqloom.geometry import Mask
 
 NO_LABEL = -100
@@ -63,14 +63,16 @@ class Batch:
                 raise DataError("Padding is named by document, but no documents are; from_tokens finds both.")
             return
         if self.padding is not None and len(self.padding) != rows:
-            raise DataError(f"Padding is given for {len(self.padding)} rows, but the batch has {rows}.")
+            raise DataError(f"Padding is given for {counted(len(self.padding), 'row')}, but the batch has {rows}.")
         if len(self.documents) != rows:
-            raise DataError(f"Document lengths are given for {len(self.documents)} rows, but the batch has {rows}.")
+            raise DataError(
+                f"Document lengths are given for {counted(len(self.documents), 'row')}, but the batch has {rows}."
+            )
         for row, lengths in enumerate(self.documents):
             if sum(lengths) != num_tokens or min(lengths, default=0) < 1:
                 raise DataError(
                     f"The document lengths of row {row} ({', '.join(map(str, lengths))}) sum to {sum(lengths)}; "
-                    f"they must be positive and sum to the {num_tokens} tokens of the row."
+                    f"they must be positive and sum to the {counted(num_tokens, 'token')} of the row."
                 )
 
     @classmethod

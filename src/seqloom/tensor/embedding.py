@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
-from seqloom.errors import DataError, ModelError
+from seqloom.errors import DataError, ModelError, counted
 from seqloom.plan import Moves, chunks
 from seqloom.tensor.group import TensorGroup, Transfer
 from seqloom.tensor.linear import start_gather
@@ -134,8 +134,8 @@ def _refuse_strange(ids: Tensor, num_embeddings: int) -> None:
     elif not known:
         low, high = ids.min().item(), ids.max().item()
         raise DataError(
-            f"The token ids run from {low} to {high}, but the table has {num_embeddings} rows; make the tokens "
-            "with the model's own tokenizer."
+            f"The token ids run from {low} to {high}, but the table has {counted(num_embeddings, 'row')}; make the "
+            "tokens with the model's own tokenizer."
         )
 
 

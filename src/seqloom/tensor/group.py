@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from seqloom.errors import DataError
+from seqloom.errors import DataError, counted
 from seqloom.fabric import Axis, Fabric
 from seqloom.plan import Grid, Move, Moves, chunks
 from seqloom.sequence import SequenceShard
@@ -66,8 +66,9 @@ class TensorGroup:
         uneven = self.shard is None and move is not None and move.dim == "tokens"
         if uneven and move is not None and num_tokens % self.axes[move.axis].size:
             raise DataError(
-                f"{num_tokens} tokens cannot be split evenly over {self.axes[move.axis].size} ranks of {move.axis}, "
-                "as a module used by itself splits them; give a number that divides, or run the whole model."
+                f"{counted(num_tokens, 'token')} cannot be split evenly over {self.axes[move.axis].size} ranks of "
+                f"{move.axis}, as a module used by itself splits them; give a number that divides, or run the whole "
+                "model."
             )
         return self._activations(move, width, chunks(num_tokens, self.axes[move.axis].size) if move else ())
 

@@ -20,7 +20,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
-from seqloom.errors import CheckpointError
+from seqloom.errors import CheckpointError, counted
 from seqloom.fabric import Fabric
 from seqloom.train.boxes import Boxes, LoadPlanner, SavePlanner
 from seqloom.train.state import (
@@ -135,7 +135,9 @@ def read_progress(path: Path, *, contents: bool = False) -> Progress:
         file = path / name
         there = file.stat().st_size if file.is_file() else 0
         if there != size:
-            raise CheckpointError(f"{path} is not a whole checkpoint: {name} has {there} bytes of {size}; {_ADVICE}.")
+            raise CheckpointError(
+                f"{path} is not a whole checkpoint: {name} has {counted(there, 'byte')} of {size:,}; {_ADVICE}."
+            )
         if contents and _checksum(file) != checksum:
             raise CheckpointError(f"{path} is damaged: the contents of {name} are not what was written; {_ADVICE}.")
     return progress

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from numpy.typing import NDArray
 
-from seqloom.errors import DataError
+from seqloom.errors import DataError, counted
 from seqloom.train.config import DataConfig
 from seqloom.train.packing import PackedText
 from seqloom.train.tables import ENDINGS, dataset_texts, open_dataset, table_texts
@@ -38,11 +38,11 @@ def load_text(data: DataConfig, tokenizer: Tokenizer) -> PackedText:
     documents = list(_encode(texts, tokenizer))
     notes = reader.notes()
     if wordless := sum(not len(document) for document in documents):
-        notes += (f"{wordless} documents become no token at all and are skipped.",)
+        notes += (f"Skipped {counted(wordless, 'document')} of which no token is left.",)
     if wordless == len(documents):
         raise DataError(
-            f"There is no text to train on: the {len(files)} files that data.files matches, such as {files[0]}, "
-            "are all empty; name files that hold text."
+            f"There is no text to train on: data.files matches {counted(len(files), 'file')}, such as "
+            f"{files[0]}, with nothing in it; name files that hold text."
             if data.dataset is None
             else f"There is no text to train on: all rows of {data.dataset} are empty; name another dataset or split."
         )

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from seqloom import __version__
-from seqloom.errors import CheckpointError
+from seqloom.errors import CheckpointError, counted
 from seqloom.fabric import Fabric, all_reduce_, naming_others
 from seqloom.model import (
     Float64Islands,
@@ -274,8 +274,8 @@ class _Run:
             display.say(note)
         display.say(
             f"{type(whole).__name__} of {parameters:,} parameters, plan '{config.plan}' on "
-            f"{config.plan.world_size} processes, {text.num_sequences:,} sequences of {text.sequence_length:,} tokens "
-            f"from {text.num_files:,} files."
+            f"{counted(config.plan.world_size, 'process')}, {counted(text.num_sequences, 'sequence')} of "
+            f"{counted(text.sequence_length, 'token')} from {counted(text.num_files, 'file')}."
         )
         display.say(
             f"Guessing each token from how often it occurs would cost {text.unigram_entropy:.3f} nats "

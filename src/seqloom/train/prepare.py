@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from seqloom.errors import CheckpointError, ConfigError
+from seqloom.errors import CheckpointError, ConfigError, counted
 from seqloom.model import outline, probe
 from seqloom.plan import ModelShape, check
 from seqloom.train.checkpoint import Progress, newest, read_progress
@@ -67,8 +67,8 @@ def _check_fit(config: Config, world: int | None) -> None:
     if train.micro_batch % data:
         raise ConfigError(
             f"train.batch={train.batch} in train.accumulate={train.accumulate} micro-batches leaves "
-            f"{train.micro_batch} sequences for data={data}, which must divide them; make train.batch a multiple of "
-            f"{train.accumulate * data} with as many micro-batches, or train.micro_batch one of {data}."
+            f"{counted(train.micro_batch, 'sequence')} for data={data}, which must divide them; make train.batch a "
+            f"multiple of {train.accumulate * data} with as many micro-batches, or train.micro_batch one of {data}."
         )
     for number in train.micro_batches:  # several while the batch ramps up
         length = config.data.sequence_length

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from seqloom.errors import ConfigError
+from seqloom.errors import ConfigError, counted
 from seqloom.train.config import Config
 from seqloom.train.fields import Section
 from seqloom.train.wording import did_you_mean, kind, shown
@@ -117,12 +117,12 @@ def _sentence(error: ErrorDetails) -> str:
     if kind in ("extra_forbidden", "invalid_key"):
         return _unknown(".".join(map(str, place)))
     if kind == "missing" and isinstance(place[-1], int):
-        return f"{name.rpartition('[')[0]} has {place[-1]} entries, which is too few."
+        return f"{name.rpartition('[')[0]} has {counted(int(place[-1]), 'entry')}, which is too few."
     if kind == "missing":
         return f"{name} is missing; it has no default."
     if kind in ("too_short", "too_long"):
         bound, number = ("at least", "min_length") if kind == "too_short" else ("at most", "max_length")
-        return f"{name} has {limits['actual_length']} entries; it must have {bound} {limits[number]}."
+        return f"{name} has {counted(limits['actual_length'], 'entry')}; it must have {bound} {limits[number]}."
     return f"{name} is {shown(error['input'])}; it must be {_wanted(kind, limits, error['msg'])}."
 
 

@@ -5,6 +5,7 @@ from math import isfinite
 from typing import Any
 
 from seqloom.dialects import Ledger
+from seqloom.errors import counted
 from seqloom.train.batches import Batches
 
 _STYLES = {
@@ -81,7 +82,7 @@ class Schedule:
         if steps is not None or samples is None:
             return steps
         found = steps_to(batches, samples)
-        self._note("train.steps", "mapped", f"{samples:,} sequences are consumed after {found:,} steps.", found)
+        self._note("train.steps", "mapped", f"{counted(found, 'step')} take {counted(samples, 'sequence')}.", found)
         return found
 
     def keys(self, steps: int, batches: Batches, length: int | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from seqloom.dialects import UNSAID, Ledger, Note, Translation, long_enough
+from seqloom.errors import counted
 from seqloom.plan import Plan, few_micro_batches, reduced, shortest, shrunk
 from seqloom.train.batches import Batches
 from seqloom.train.config import Config
@@ -176,7 +177,8 @@ class _Run:
         found: dict[str, Any] = {"batch": batch or rows * data * (parts or 1), "micro_batch": rows * data}
         made = found["batch"] // found["micro_batch"]
         if parts is not None and made != parts:
-            why = f"{made} micro-batches of {rows} rows a data rank, since {parts} do not divide the batch."
+            cut = f"{counted(made, 'micro-batch')} of {counted(rows, 'row')} a data rank"
+            why = f"{cut}, since {parts} does not divide the batch."
             self.ledger.note("train.accumulate", "changed", why, value=parts)
         if ramp := said.get("ramp_up"):
             if ramp["start"] < found["batch"]:

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from seqloom.compat.megatron.refusal import refuse
-from seqloom.errors import ConfigError, PlanError
+from seqloom.errors import ConfigError, PlanError, counted
 from seqloom.fabric import Axis, Fabric, Meter
 from seqloom.plan import Plan
 
@@ -86,7 +86,7 @@ def initialize_model_parallel(  # noqa: PLR0913, PLR0917 -- Megatron-LM's
     taken = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     if taken < 1 or world % taken:
         raise PlanError(
-            f"{world} processes cannot be shared out to tensor {tensor_model_parallel_size} x pipeline "
+            f"{counted(world, 'process')} cannot be shared out to tensor {tensor_model_parallel_size} x pipeline "
             f"{pipeline_model_parallel_size} x context {context_parallel_size}; use degrees whose product "
             f"divides {world}."
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seqloom.compat.colossalai.state import PROCESS
-from seqloom.errors import ConfigError, DataError
+from seqloom.errors import ConfigError, DataError, counted
 from seqloom.fabric import Axis, Fabric, broadcast_
 from seqloom.plan import Direction, chunks
 from seqloom.tensor import (
@@ -89,7 +89,7 @@ def own_rows(x: Tensor, group: TensorGroup, side: str) -> Tensor:
     """This rank's rows of an x [rows, ...] that all ranks of the grid hold. Raises DataError where they are uneven."""
     for axis in row_axes(group, side):
         if len(x) % axis.size:
-            raise DataError(f"{len(x)} rows cannot be shared by {axis.size} ranks evenly; give a multiple.")
+            raise DataError(f"{counted(len(x), 'row')} cannot be shared by {axis.size} ranks evenly; give a multiple.")
         x = x.chunk(axis.size)[axis.rank]
     return x
 
