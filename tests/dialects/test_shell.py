@@ -19,6 +19,17 @@ LAUNCH = "\npython pretrain.py --tensor-model-parallel-size $TP"
         ("TP=2\n[ $TP = 2 ] &&\n\nTP=8", 8),
         ("TP=2\nfalse && { TP=4; } || TP=8", 8),
         ("X=1; TP=2\nif [ $X = 2 ] && [ $TP = 2 ]; then TP=8; fi", 2),
+        ("TP=2\n[ $TP -eq 2 -a 1 = 2 ] && TP=8", 2),
+        ("TP=2\n[ -f x -o $TP -eq 2 ] && TP=8", 8),
+        ("TP=2\nif [[ $TP == 2 && -n $TP || -f x ]]; then TP=8; fi", 8),
+        ("TP=2\nif test -f x; then TP=4; else TP=4; fi", 4),
+        ("TP=2\nif test -f x; then A=1; TP=8; exit 1; fi", 2),
+        ("TP=2\nif [ -z $TP ]; then TP=1; exit; fi\nTP=4", 4),
+        ("if [ -z $TP ]; then TP=4; fi", 4),
+        ("TP=2\nif [ -z $OTHER ]; then exit 1; fi", 2),
+        ("S=7b\ncase $S in\n 13b|70b) TP=8;;\n 7*) TP=2 ;;\n *) exit 1;;\nesac", 2),
+        ("S=1\ncase $S in 7b) TP=8;; (1) TP=4;; esac", 4),
+        ("case $X in 1) TP=4;; *) TP=4;; esac", 4),
         ("TP=2\nif [ $TP -gt 1 ]; then TP=4; else TP=1; fi", 4),
         ("TP=2\nif ((TP > 3)); then TP=8; fi", 2),
     ],
@@ -42,6 +53,13 @@ def test_lists_are_decided(script: str, tensor: int) -> None:
         ("function log() { echo hi; }\nTP=4\nTP=2", 2),
         ("function log {\n echo hi\n}\nTP=4\nTP=2", 2),
         ("TP=2\nsource /usr/local/Ascend/ascend-toolkit/set_env.sh", 2),
+        ("X=1; TP=2\nf() { [ $X = 2 ] && TP=8; }\nX=2\nf", 8),
+        ("f() { TP=$1; }\nf 4", 4),
+        ("TP=2\nf() { local TP=8; }\nf", 2),
+        ("TP=2\nTP=8 | cat", 2),
+        ("TP=2\necho 8 | while read x; do TP=$x; done", 2),
+        ("for i in 1 2; do TP=4; done", 4),
+        ("TP=2\ntrap 'echo done' EXIT", 2),
         ("TP=2\nfor ((i=0; i<3; i++)); do echo $i; done\nTP=4", 4),
     ],
 )
@@ -59,7 +77,14 @@ def test_other_ways_to_set_a_variable(script: str, tensor: int) -> None:
         "TP=2\nif [[ $X = 2 && $TP = 2 ]]; then TP=8; fi",
         "test -f x && TP=8\nTP=${TP:-1}",
         "X=1; TP=2\nfor i in 1 2; do\nif [ $X = 2 ]; then TP=8; fi\nX=2\ndone",
-        "X=1; TP=2\nf() { [ $X = 2 ] && TP=8; }\nX=2\nf",
+        "test -f x && TP=8",
+        "if test -f x; then TP=8; fi",
+        "TP=2\nif test -f x; then TP=8; else TP=4; fi",
+        "TP=2\nfor i in 1 2; do\nA=$TP\nTP=4\ndone\nTP=$A",
+        "TP=2\ncase $X in 1) TP=8;; esac",
+        "TP=2\ncase 1 in 1) TP=4;& 2) TP=8;; esac",
+        "TP=2\ntrap 'TP=8' DEBUG",
+        "TP=2\n[ $X -eq 1 -a $TP -eq 2 ] && TP=4",
         "TP=2\nunset TP",
         "TP=2\nread TP",
         "TP=2\neval TP=4",
@@ -85,3 +110,21 @@ def test_long_scripts_are_read_quickly() -> None:
         except DialectError as error:
             assert "\n" not in str(error)
     assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("script", "tensor"),
+    [
+        (f"TP=2{LAUNCH}\nexit 0\nTP=4{LAUNCH}", 2),
+        (f"TP=2\nexec{LAUNCH[1:]}\nTP=4{LAUNCH}", 2),
+        (f"TP=2\nif [ $TP = 2 ]; then\nTP=4{LAUNCH}\nexit\nfi{LAUNCH}", 4),
+        (f"TP=2\nif test -f x; then\nTP=4{LAUNCH}\nfi", 4),
+        (f"run() {{{LAUNCH} --seed $1\n}}\nTP=4\nrun 3", 4),
+        (f"TP=2\nrun() {{{LAUNCH}\n}}", 2),
+        (f"TP=2\nwhile true; do{LAUNCH}\nbreak\ndone", 2),
+    ],
+)
+def test_programs_are_started_where_the_script_starts_them(script: str, tensor: int) -> None:
+    """Catches a program after the script's end, values of a function's definition instead of its call, and what a
+    branch has just set held in doubt within it."""
+    assert translate("megatron", [script.replace("exec", "exec ")], world=8).plan.tensor == tensor

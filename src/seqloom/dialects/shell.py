@@ -1,17 +1,20 @@
 """What a launch script hands to the program it starts; nothing is run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from seqloom.dialects.ledger import Unread
-from seqloom.dialects.shell_values import MOST_CHARACTERS, Values, compare, marked, unmarked
-from seqloom.dialects.shell_words import Piece, Token, Word, tokens
+from seqloom.dialects.shell_assign import assign_array, assign_word, assigned
+from seqloom.dialects.shell_frames import Frames, Kind
+from seqloom.dialects.shell_scan import ENDS, braces, changed_in_loops, function_at, joined_tests, literal
+from seqloom.dialects.shell_tests import holds
+from seqloom.dialects.shell_values import MOST_CHARACTERS, State, Values, marked, unmarked, written
+from seqloom.dialects.shell_words import Token, tokens
 from seqloom.errors import DialectError
 
-MOST_BRANCHES = 100
-"""How deep ifs, loops, groups and subshells may stand inside each other."""
+MOST_CALLED = 100_000
+"""How many tokens of functions are followed, the calls of one times those of its body."""
 
 
 @dataclass(frozen=True)
@@ -46,69 +49,64 @@ class Script:
         }
 
 
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*(?:\[[^]\[]*\])?)(\+?)=")
-_ELEMENT = re.compile(r"\[([^]\[]*)\]=")
-_CLOSING = {"done": "loop", "esac": "case", "}": "group", "fi": "if"}
+_CLOSING: dict[str | None, Kind] = {"done": "loop", "esac": "case", "}": "group", "fi": "if"}
 _LOOPS = {"for", "while", "until", "select"}
 _DECLARING = {"export", "declare", "local", "readonly", "typeset"}
-_KEYWORDS = {"if", "elif", "else", "then", "do", "!", "time", "case", "function", "{", *_LOOPS, *_CLOSING}
+_KEYWORDS = {"if", "elif", "else", "then", "do", "!", "time", "case", "{", *_LOOPS, *_CLOSING}
 _READING = {"read", "mapfile", "readarray", "getopts", "unset"}
 _HARMLESS = re.compile(r"conda|set_env|setvars|activate|bashrc|profile|\.asc|ssh-agent|modulecmd")
-_ENDS = ("\n", ";", "&", "&&", "||", "|", ";;", "(", ")")
 
 
 def run(text: str) -> Script:
     """Follow a script's assignments in order, and gather the commands that start a program.
 
-    Tests between literals decide their branches, with && and || too; a variable set differently in branches that
-    are not decided, or by a command that is not read, is in doubt. Raises DialectError where the text is no script.
+    Tests between known words decide their branches, with && and || too, and so do patterns of case; a variable that
+    is set otherwise in branches that are not decided, or by a command that is not read, is in doubt after them.
+    Functions are followed where they are called. Raises DialectError where the text is no script.
     """
     if len(text) > MOST_CHARACTERS:
         raise DialectError(f"The script has {len(text):,} characters; the most that are read is {MOST_CHARACTERS:,}.")
     values = Values()
-    follower = _Follower(Script(values.variables, used=values.used), values)
-    command: list[Token] = []
-    for token in tokens(re.sub("[\ue000\ue001\x00]", "", text)):
-        if token.kind == "body":
-            follower.here_document(token)
-        elif token.kind == "operator" and token.text in _ENDS:
-            follower.command(command, token.text)
-            command = []
-        else:
-            command.append(token)
-    follower.command(command)
+    found = joined_tests(tokens(re.sub("[\ue000\ue001\x00]", "", text)))
+    follower = _Follower(Script(values.variables, used=values.used), values, changed_in_loops(found))
+    follower.follow(found)
+    if not any(_may_start(launch) for launch in follower.script.launches):
+        follower.ended = False
+        for name in [name for name in follower.functions if name not in follower.called]:
+            follower.call(name, ())  # it may be called from elsewhere
     return follower.script
 
 
-@dataclass
-class _Frame:
-    """An if, loop, group and so on.
-
-    base: whether it runs. now: whether what stands now in it does. status: that before it. tried: its tests so far.
-    """
-
-    kind: Literal["if", "loop", "case", "group", "function", "subshell"]
-    base: bool | None
-    now: bool | None
-    status: bool | None
-    tried: list[bool | None] = field(default_factory=list)
+def _may_start(launch: Launch) -> bool:
+    words = [word if isinstance(word, str) else word.text for word in launch.words]
+    return any(re.search(r"\.py$|(^|/)(python[\d.]*|torchrun|deepspeed)$", word) for word in words)
 
 
 @dataclass
 class _Follower:
     """The state of a script that is followed.
 
-    status: whether the list of commands succeeded so far, None where that is not known. after: the operator that
-    the last command ended with. naming: whether a function's name was just read.
+    loops: names that each loop changes, by the token that begins its body. status: whether the list of commands
+    succeeded so far, None where that is not known. after: the operator that the last command ended with. assumed:
+    whether the last test took a variable that is not set as empty. ended: whether the script has come to its end.
+    functions: the bodies of functions. called: those that were. locals: what the variables of a call were before.
     """
 
     script: Script
     values: Values
-    frames: list[_Frame] = field(default_factory=list)
+    loops: Mapping[int, frozenset[str]]
+    frames: Frames = field(init=False)
     status: bool | None = True
     after: str = ""
-    naming: bool = False
     target: str | None = None
+    assumed: bool = False
+    ended: bool = False
+    functions: dict[str, Sequence[Token]] = field(default_factory=dict)
+    called: list[str] = field(default_factory=list)
+    locals: list[dict[str, State]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.frames = Frames(self.values)
 
     @property
     def gate(self) -> bool | None:
@@ -117,101 +115,184 @@ class _Follower:
             return True if self.after not in ("&&", "||") else None
         return self.status is (self.after == "&&")
 
+    def follow(self, found: Sequence[Token]) -> None:
+        """Follow tokens in order."""
+        command: list[Token] = []
+        at, closed = 0, braces(found)
+        while at < len(found) and not self.ended:
+            token = found[at]
+            case = self.frames.last("case")
+            function = function_at(found, at, closed) if not command and not (case and case.waiting) else None
+            if function is not None:
+                self.functions[function.name] = found[function.start : function.stop]
+                at = function.stop
+            elif token.kind == "body":
+                self.here_document(token)
+            elif token.kind == "operator" and token.text in ENDS:
+                self.command(command, token.text)
+                command = []
+            else:
+                command.append(token)
+            at += 1
+        if not self.ended:
+            self.command(command)
+
     def command(self, found: Sequence[Token], end: str = "") -> None:
         """Follow one simple command, up to the operator that ends it."""
-        opened = len(self.frames)
+        opened = len(self.frames.stack)
         negated = False
-        while found and found[0].kind == "word" and (keyword := _literal(found[0].word)) in _KEYWORDS:
-            found = found[1:]
-            if keyword in ("if", "elif", "then", "else"):
-                self.branch(keyword)
-                self.after = ""
-            elif keyword in _CLOSING:
-                self.close(_CLOSING[keyword])
-            elif keyword in _LOOPS or keyword == "case":
-                self.open("case" if keyword == "case" else "loop", None)
-                self.after = ""
-                if keyword in ("for", "select") and found:
-                    self.loop_over(found)
-                if keyword not in ("while", "until"):
-                    found = []
-            elif keyword == "{":
-                self.open("function" if self.naming else "group", None if self.naming else self.gate)
-                self.naming, self.after = False, ""
-            elif keyword == "function":
-                self.naming, found = True, found[1:]
-            else:
-                negated ^= keyword == "!"
-        if (end == "(" and (self.naming or len(found) == 1)) or (self.naming and not found and end in (")", "\n")):
-            self.naming = True  # NAME ( ) before the braces of a function
+        while found and found[0].kind == "word" and (keyword := literal(found[0].word)) in _KEYWORDS:
+            case = self.frames.last("case")
+            if case and case.waiting and keyword != "esac":
+                break
+            negated ^= keyword == "!"
+            found = self.keyword(keyword or "", found[0], found[1:], end)
+        if self.patterns(found, end):
             return
         if end == "(" and not found:
             self.open("subshell", self.gate)
-            self.values.undo.append({})
             self.after = ""
             return
-        pattern = end == ")" and self.frames and self.frames[-1].kind == "case"
-        if found and not pattern:
-            self.naming = False
-            self.followed(found, negated)
+        if found:
+            self.followed(found, negated, piped="|" in (end, self.after))
         if end == ")":
             self.close("subshell")
+        if end == ";;" and (case := self.frames.last("case")):
+            case.waiting = True
         if end == "|":
             self.status = None
-        if found or end != "\n" or len(self.frames) < opened:
+        if found or end != "\n" or len(self.frames.stack) < opened:
             self.after = end
 
-    def followed(self, found: Sequence[Token], negated: bool) -> None:
-        """Follow a command's words where it may run, and keep its status."""
+    def keyword(self, keyword: str, first: Token, found: Sequence[Token], end: str) -> Sequence[Token]:
+        """Follow the keyword that a command begins with. Returns what is left of the command, up to `end`."""
+        if keyword in ("if", "elif", "then", "else"):
+            self.branch(keyword)
+            self.after = ""
+        elif keyword in _CLOSING:
+            self.close(_CLOSING[keyword], piped=end == "|")
+        elif keyword in _LOOPS:
+            found = self.loop(keyword, found)
+            self.after = ""
+        elif keyword == "do" and self.frames.runs is not False:
+            for name in self.loops.get(id(first), ()):
+                if name in self.values.variables:
+                    self.values.cast_doubt(name, f"{name} is set in a loop that reads it before")
+        elif keyword == "case":
+            found = self.case(found)
+        elif keyword == "{":
+            self.open("group", self.gate)
+            self.after = ""
+        return found
+
+    def followed(self, found: Sequence[Token], negated: bool, piped: bool) -> None:
+        """Follow a command's words where it may run, and keep its status; piped: it runs in a shell of its own."""
         gate, self.target = self.gate, None
-        if gate is False or any(frame.now is False for frame in self.frames):
+        self.assumed = self.assumed and self.after in ("&&", "||")
+        if gate is False or self.frames.runs is False:
             return
-        self.values.sure = gate is True and all(frame.now is True for frame in self.frames)
+        self.values.gated = gate is None
+        if piped:
+            self.values.begin()
         status = self.simple(found)
+        if piped:
+            self.values.take_back()
+        self.values.gated = False
         status = None if status is None else status is not negated
-        repeated = any(frame.kind in ("loop", "function") for frame in self.frames)  # with other values, it may be
-        self.status = status if gate is True and not repeated else None
+        self.status = status if gate is True else None
 
-    def open(self, kind: Literal["if", "loop", "case", "group", "function", "subshell"], runs: bool | None) -> None:
-        if len(self.frames) >= MOST_BRANCHES:
-            raise DialectError(f"The script nests branches deeper than {MOST_BRANCHES}; give the program's flags.")
-        self.frames.append(_Frame(kind, runs, runs, self.status))
+    def open(self, kind: Kind, runs: bool | None) -> None:
+        self.frames.open(kind, runs, self.status).piped = self.after == "|"
 
-    def close(self, kind: str) -> None:
+    def close(self, kind: Kind, piped: bool = False) -> None:
         """End the innermost frame, if it is of this kind; whether it succeeded is not kept."""
-        if self.frames and self.frames[-1].kind in (kind, "function" if kind == "group" else kind):
-            frame = self.frames.pop()
+        if self.frames.last(kind):
+            frame = self.frames.close(piped)
             self.status = frame.status if frame.base is False else None
-            if kind == "subshell":
-                for name, before in self.values.undo.pop().items():
-                    self.values.restore(name, before)
 
-    def loop_over(self, found: Sequence[Token]) -> None:
-        """Doubt the variable of a loop, in for NAME in ... or for ((...))."""
-        name = _literal(found[0].word) or ""
-        if name == "let" and len(found) > 1:
-            self.values.sure = False
+    def loop(self, keyword: str | None, found: Sequence[Token]) -> Sequence[Token]:
+        """Begin a loop; the variable of for NAME in ... or for ((...)) is in doubt in it. Returns what is left."""
+        name = literal(found[0].word) or "" if found else ""
+        several = [word for token in found[2:] for word in self.values.expand(token.word)]
+        runs = None if self.gate is not False else False
+        frame = self.frames.open("loop", runs, self.status)
+        frame.piped = self.after == "|"
+        if keyword in ("while", "until"):
+            return found
+        if name == "let" and len(found) > 1 and runs is not False:
+            self.values.gated = True
             self.values.arithmetic("".join(piece.text for piece in found[1].word).replace(";", ","))
-        elif name:
+            self.values.gated = False
+        elif name and runs is not False:
             self.values.cast_doubt(name, f"{name} takes several values in a loop")
+            frame.whole = frame.base is None and bool(several) and not any(map(marked, several)) and self.gate is True
+        return ()
+
+    def case(self, found: Sequence[Token]) -> Sequence[Token]:
+        """Begin a case. Returns its first patterns, where they stand on its line."""
+        words = self.values.expand(found[0].word, split=False) if found else [""]
+        frame = self.frames.open("case", self.gate, self.status)
+        frame.word, frame.waiting, self.after = "".join(words), True, ""
+        return found[2:] if len(found) > 1 and literal(found[1].word) == "in" else found[1:]
+
+    def patterns(self, found: Sequence[Token], end: str) -> bool:
+        """Take the words before ) as patterns of a case, where it waits for them; whether that is so."""
+        case = self.frames.last("case")
+        if case is None or not (case.waiting or end == ")"):
+            return False
+        if not case.waiting:
+            self.frames.fall_through(case)
+        elif end in (")", "|"):
+            words = ["".join(self.values.expand(token.word, split=False)) for token in found]
+            self.frames.pattern(case, words, end == ")")
+            self.after = "" if end == ")" else end
+            self.status = True if end == ")" else self.status
+        return True
 
     def branch(self, keyword: str) -> None:
         """Decide the branches of an if as far as their tests are."""
         if keyword == "if":
             self.open("if", self.gate)
-            self.status = True
-            return
-        if not self.frames or self.frames[-1].kind != "if":
-            return
-        frame = self.frames[-1]
-        if keyword == "then":
-            frame.tried.append(False if True in frame.tried else self.status)
-            chosen = frame.tried[-1]
+        elif frame := self.frames.last("if"):
+            if keyword == "then":
+                frame.assumed = frame.assumed or self.assumed
+                self.frames.tested(frame, self.status)
+            else:
+                frame.whole = frame.whole or keyword == "else"
+                self.frames.branch(frame, True not in frame.tried)
         else:
-            chosen = True not in frame.tried
-        unknown = frame.base is None or None in frame.tried
-        frame.now = False if chosen is False or frame.base is False else None if unknown else chosen
-        self.status = True
+            return
+        self.status, self.assumed = True, False
+
+    def call(self, name: str, arguments: Sequence[str]) -> None:
+        """Follow a function's body where it is called."""
+        self.called.append(name)
+        body = self.functions[name]
+        if len(self.locals) > 20 or len(self.called) * len(body) > MOST_CALLED:
+            raise DialectError(f"The script's function {name} calls too much; give the program's flags.")
+        gate, after, depth = self.gate, self.after, len(self.frames.stack)
+        self.open("group", gate)
+        own = {"@": tuple(arguments), "#": (str(len(arguments)),)}
+        own |= {str(place): (word,) for place, word in enumerate(arguments, 1)}
+        self.locals.append({each: self.values.state(each) for each in own})
+        for each, value in own.items():
+            self.values.put(each, (value, False))
+        self.after = ""
+        self.follow(body)
+        for each, state in self.locals.pop().items():
+            self.values.put(each, state)
+        while len(self.frames.stack) > depth:
+            self.frames.close()
+        self.after, self.status = after, None
+
+    def leave(self) -> None:
+        """End the script here, or the branch or loop in which it may end."""
+        if self.gate is not True or self.assumed or any(frame.assumed for frame in self.frames.stack):
+            return
+        if self.frames.runs is True and not self.locals and not any(f.kind == "subshell" for f in self.frames.stack):
+            self.ended = True
+        elif self.frames.stack:
+            self.frames.leave()
 
     def simple(self, found: Sequence[Token]) -> bool | None:
         """Assign, or keep the command if it may start a program; whether it succeeds, as far as that is known."""
@@ -219,25 +300,26 @@ class _Follower:
         rest: list[Token] = []
         before: dict[str, tuple[str, ...] | None] = {}
         for token in found:
-            word = _literal(token.word)
+            word = literal(token.word)
             started = any(one.kind == "word" for one in rest)
             if token.kind == "array":
-                self.array(token)
+                assign_array(self.values, token)
             elif token.kind == "operator":
-                if rest and _literal(rest[0].word) == "[[":
+                if rest and literal(rest[0].word) == "[[":
                     return None
                 rest.extend([token] if token.text != "2>&1" else [])
-            elif not started and (name := self.assigned(token.word)):
+            elif not started and (name := assigned(token.word)):
                 before.setdefault(name, self.values.variables.get(name))
-                self.assignment(token.word, name)
+                self.keep_local(name, declaring)
+                assign_word(self.values, token.word, name)
                 self.script.exported |= {name} if declaring == "export" else set()
             elif not rest and declaring is None and word in _DECLARING:
                 declaring = word
             elif declaring is not None and not started and word and not (rest and rest[-1].kind == "operator"):
                 self.script.exported |= {word} if declaring == "export" and word[0] != "-" else set()
             elif rest and rest[-1].kind == "operator":
-                if rest.pop().text in (">", ">>"):
-                    self.target = "".join(self.values.expand(token.word))
+                target = "".join(self.values.expand(token.word))
+                self.target = target if rest.pop().text in (">", ">>") else self.target
             else:
                 rest.append(token)
         if declaring is None and any(token.kind == "word" for token in rest):
@@ -246,17 +328,38 @@ class _Follower:
         words = [each for token in rest if token.kind == "word" for each in self.values.expand(token.word)]
         if not words:
             return None if any(piece.kind == "command" for token in found for piece in token.word) else True
-        line = next(token.line for token in rest if token.kind == "word")
+        return self.run_words(words, next(token.line for token in rest if token.kind == "word"))
+
+    def keep_local(self, name: str, declaring: str | None) -> None:
+        """Note what a variable is before a function has one of its own under the name."""
+        if declaring == "local" and self.locals:
+            self.locals[-1].setdefault(name, self.values.state(name))
+
+    def run_words(self, words: Sequence[str], line: int) -> bool | None:
+        """Follow a function, or keep a command with what it does to variables; whether it succeeds, if known."""
+        if words[0] in self.functions:
+            self.call(words[0], words[1:])
+            return None
         self.script.launches.append(Launch(tuple(self.values.certain(word) for word in words), line))
+        if words[0] in ("exit", "exec") and (words[0] == "exit" or len(words) > 1):
+            self.leave()
         return self.builtin(words)
 
     def builtin(self, words: Sequence[str]) -> bool | None:
         """Follow what a command does to variables; whether it succeeds, None where that is not known."""
         name, rest = words[0], words[1:]
-        if name in ("true", ":", "echo", "set", "shift") or name == "false":
+        if name in ("true", ":", "echo", "set", "shift", "trap", "exit", "false"):
+            moved = [each for each in self.values.variables if each == "@" or each.isdecimal()]
+            for variable in written(" ".join(rest)) if name == "trap" else moved if name in ("shift", "set") else ():
+                self.values.cast_doubt(variable, f"{variable} may be changed by `{name}`, which is not followed")
             return name != "false"
         if name in ("[", "[[", "test"):
-            return _holds(words)
+            empty = [
+                "" if test in ("-z", "-n") and self.values.unset(word) else word
+                for test, word in zip(["", *words], words, strict=False)
+            ]
+            self.assumed = empty != list(words)
+            return holds(empty)
         if name == "let":
             return [self.values.arithmetic(word) for word in rest][-1] if rest else None
         if name in _READING or name == "printf":
@@ -266,10 +369,10 @@ class _Follower:
                     self.values.cast_doubt(word, f"{word} is set by `{name}`, which is not run")
         elif name in ("source", ".", "eval") and not _HARMLESS.search(text := " ".join(words)):
             why = f"`{' '.join(unmarked(text).split())[:40]}` may have set it, and it is not run"
-            written = {found[1] for found in re.finditer(r"(?<![-\w])([A-Za-z_]\w*)\+?=", text)}
+            names = set(written(text))
             plain = name == "eval" and not marked(text)
             self.values.sourced = self.values.sourced if plain else why
-            for variable in sorted(written) if plain else sorted(written | set(self.values.variables)):
+            for variable in sorted(names) if plain else sorted(names | set(self.values.variables)):
                 self.values.cast_doubt(variable, f"{variable}: {why}")
         return None
 
@@ -277,73 +380,3 @@ class _Follower:
         """Keep the body of a here-document under the name of the file it is written to."""
         if self.target is not None:
             self.script.files[self.target] = unmarked("".join(self.values.expand(token.word, split=False)))
-
-    def assigned(self, word: Word) -> str | None:
-        """The name in NAME=value or NAME[INDEX]=value, if that is what the word is."""
-        if not word or word[0].kind != "text" or word[0].quoted:
-            return None
-        if found := _ASSIGNMENT.match(word[0].text):
-            return found[1]
-        open_index = re.match(r"([A-Za-z_]\w*)\[", word[0].text)
-        written = open_index and any(re.match(r"[^]]*\]\+?=", piece.text) for piece in word[1:] if not piece.quoted)
-        return open_index[1] if open_index and written else None
-
-    def assignment(self, word: Word, name: str) -> None:
-        """Take NAME=value or NAME[INDEX]=value."""
-        found = _ASSIGNMENT.match(word[0].text)
-        if found is None:
-            self.values.cast_doubt(name, f"an element of {name} is set whose place is not read")
-            return
-        rest = Piece("text", word[0].text[found.end() :], False)
-        value = self.values.expand((rest, *word[1:]) if rest.text else word[1:], split=False)
-        array, _, index = name.rstrip("]").partition("[")
-        elements = list(self.values.variables.get(array, ()))
-        if "[" in name and index.isdecimal() and len(index) < 6 and int(index) <= len(elements) and not found[2]:
-            elements[int(index) : int(index) + 1] = ["".join(value)]
-            self.values.assign(array, elements)
-            return
-        if "[" in name and array in self.values.variables:
-            self.values.cast_doubt(array, f"an element of {array} is set whose place is not read")
-        self.values.assign(name, ["".join(value)], bool(found[2]))
-
-    def array(self, token: Token) -> None:
-        """Take NAME=( words ), or NAME=( [KEY]=word ... )."""
-        name, append = _ASSIGNMENT.match(token.text).groups()  # type: ignore[union-attr]
-        plain: list[str] = []
-        for word in token.words:
-            key = _ELEMENT.match(word[0].text) if word and word[0].kind == "text" and not word[0].quoted else None
-            if key is None:
-                plain.extend(self.values.expand(word))
-                continue
-            rest = Piece("text", word[0].text[key.end() :], False)
-            value = self.values.expand((rest, *word[1:]) if rest.text else word[1:], split=False)
-            self.values.assign(f"{name}[{key[1]}]", ["".join(value)])
-        if plain or not any(one.startswith(f"{name}[") for one in self.values.variables):
-            self.values.assign(name, plain, bool(append))
-
-
-def _holds(words: Sequence[str]) -> bool | None:
-    """Whether a test of words holds, or None where that is not known here."""
-    closing = {"[": "]", "[[": "]]"}.get(words[0])
-    if any(map(marked, words)) or (closing and words[-1] != closing):
-        return None
-    inside = list(words[1:-1] if closing else words[1:])
-    if inside[:1] == ["!"]:
-        held = _holds(["test", *inside[1:]])
-        return None if held is None else not held
-    if len(inside) == 1:
-        return inside[0] != ""
-    if len(inside) == 2 and inside[0] in ("-z", "-n"):
-        return (inside[1] == "") == (inside[0] == "-z")
-    if len(inside) != 3 or (words[0] == "[[" and re.search(r"[*?\[\\]", inside[2])):
-        return None
-    left, sign, right = inside
-    if sign.startswith("-"):
-        numbers = [int(one) for one in (left, right) if re.fullmatch(r"-?\d{1,18}", one)]
-        return compare(numbers[0], sign, numbers[1]) if len(numbers) == 2 else None
-    return compare(left, sign, right)
-
-
-def _literal(word: Word) -> str | None:
-    """The word, if it is plain text."""
-    return word[0].text if len(word) == 1 and word[0].kind == "text" and not word[0].quoted else None

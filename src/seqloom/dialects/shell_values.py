@@ -15,6 +15,7 @@ _MARK = re.compile("\ue000(\\d+)\ue001")
 """Stands in a text for what is not known here: the number of a doubt."""
 
 _SIMPLE = re.compile(r"(#?)([A-Za-z_]\w*|[0-9@*#?$!-])(\[[^]]*\])?((?::?[-=+?])(.*))?$", re.DOTALL)
+_UNSET = re.compile(r"\$[A-Za-z_]\w* is not set in the script")
 _STEP = re.compile(r"\s*([A-Za-z_]\w*)\s*([-+*/%]?)=(?!=)(.*)", re.DOTALL)
 _WRITTEN = re.compile(r"([A-Za-z_]\w*)\s*(?:\+\+|--|(?:[-+*/%&|^]|<<|>>)?=(?!=))|(?:\+\+|--)\s*([A-Za-z_]\w*)")
 _COMPARED = re.compile(r"([^<>=!&|]+)(==|!=|<=|>=|<|>)([^<>=!&|]+)")
@@ -25,27 +26,35 @@ def marked(text: str) -> bool:
     return _MARK.search(text) is not None
 
 
+def written(text: str) -> list[str]:
+    """Names that a text assigns to, as NAME=value."""
+    return [found[1] for found in re.finditer(r"(?<![-\w])([A-Za-z_]\w*)\+?=", text)]
+
+
 def unmarked(text: str) -> str:
     """A text without what is not known in it."""
     return _MARK.sub("", text)
+
+
+State = tuple[tuple[str, ...] | None, bool]
+"""A variable: its value, None where it is not set, and whether it is set for one command or a subshell only."""
 
 
 @dataclass
 class Values:
     """Variables by name, an array's elements in order, and what is in doubt about them.
 
-    sure: whether what is followed now is known to run. perhaps: names that were set where that is not known.
-    passing: names that were set for one command or a subshell only. undo: what subshells found, innermost last.
-    sourced: why a name that the script does not set may be set all the same.
+    gated: whether what is followed now may not run, by the && or || before it. passing: names that were set for one
+    command or a subshell only. journal: what branches, loops and subshells found, innermost last. sourced: why a
+    name that the script does not set may be set all the same.
     """
 
     variables: dict[str, tuple[str, ...]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
-    sure: bool = True
-    perhaps: set[str] = field(default_factory=set)
+    gated: bool = False
     passing: set[str] = field(default_factory=set)
     sourced: str = ""
-    undo: list[dict[str, tuple[str, ...] | None]] = field(default_factory=list)
+    journal: list[dict[str, State]] = field(default_factory=list)
     doubts: dict[str, int] = field(default_factory=dict)
     reasons: list[str] = field(default_factory=list)
 
@@ -69,20 +78,61 @@ class Values:
             value = [before[0] + value[0]] if joined else [*before, *value]
         if sum(map(len, value)) > MOST_CHARACTERS:
             raise DialectError(f"The script's variable {name} grows beyond {MOST_CHARACTERS:,} characters.")
-        if not self.sure and before not in (None, tuple(value)):
+        if self.gated and before != tuple(value):
             mark = self.doubt(f"{name} is set in a branch or loop that is not decided here")
             value = [re.sub(r"(\S+)", rf"\1{mark}", each) or mark for each in value]
-        if not self.sure and before is None:
-            self.perhaps.add(name)
-        elif self.sure:
-            self.perhaps.discard(name)
         self._put(name, tuple(value))
 
+    def state(self, name: str) -> State:
+        """A variable as it is."""
+        return self.variables.get(name), name in self.passing
+
+    def put(self, name: str, state: State) -> None:
+        """Set a variable to a state it had."""
+        self._note(name)
+        self._set(name, state)
+
+    def begin(self) -> None:
+        """Begin to note what variables were before they change."""
+        self.journal.append({})
+
+    def commit(self) -> dict[str, State]:
+        """End the last `begin`: what has changed stays. Returns what those variables were."""
+        noted = self.journal.pop()
+        for name, before in noted.items() if self.journal else ():
+            self.journal[-1].setdefault(name, before)
+        return noted
+
+    def rewind(self) -> dict[str, State]:
+        """Go back to the last `begin`, and note on. Returns what the changed variables had become."""
+        found = {name: self.state(name) for name in self.journal[-1]}
+        for name, before in self.journal[-1].items():
+            self._set(name, before)
+        return found
+
+    def take_back(self) -> None:
+        """End a subshell: what it has set is set there only."""
+        for name, before in self.commit().items():
+            self.restore(name, before[0])
+
+    def _note(self, name: str) -> None:
+        if self.journal:
+            self.journal[-1].setdefault(name, self.state(name))
+
+    def _set(self, name: str, state: State) -> None:
+        self.variables.pop(name, None) if state[0] is None else self.variables.update({name: state[0]})
+        self.passing.discard(name)
+        self.passing |= {name} if state[1] else set()
+
     def _put(self, name: str, value: tuple[str, ...]) -> None:
-        if self.undo:
-            self.undo[-1].setdefault(name, self.variables.get(name))
+        self._note(name)
         self.passing.discard(name)
         self.variables[name] = value
+
+    def unset(self, word: str) -> bool:
+        """Whether a word is nothing but a variable that the script does not set."""
+        found = _MARK.fullmatch(word)
+        return found is not None and _UNSET.fullmatch(self.reasons[int(found[1])]) is not None and not self.sourced
 
     def cast_doubt(self, name: str, why: str) -> None:
         """Keep what is known of a variable, in doubt."""
@@ -150,13 +200,11 @@ class Values:
         if index and f"{name}{index}" in self.variables:
             known, index = self.variables[f"{name}{index}"], None
         if name in "@*" and operation is None:
-            return []
+            return list(self.variables.get("@", ()))
         if name in self.passing:
             return [self.doubt(f"{name} is set for one command or a subshell only")]
         empty = known is None or (operation is not None and operation[0] == ":" and not "".join(known))
         kind = operation.lstrip(":")[0] if operation else ""
-        if kind and name in self.perhaps:
-            return [self.doubt(f"{name} is set in a branch or loop that is not decided here")]
         if kind and known is None and self.sourced:
             return [self.doubt(f"{name}: {self.sourced}")]
         if (kind in ("-", "=") and empty) or (kind == "+" and not empty):
