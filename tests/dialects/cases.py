@@ -376,7 +376,7 @@ COLOSSALAI = {
         2,
         "tensor=2 sequence_parallel=false",
         {"precision": "fp16"},
-        (("S", "no effect", ""),),
+        (("S", "changed", "Not read here"),),
     ),
 }
 

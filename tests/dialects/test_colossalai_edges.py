@@ -128,3 +128,22 @@ def test_a_program_that_is_slow_to_read() -> None:
     assert time.process_time() - start < 2
     below = "initial_scale is 0.5, and losses are not scaled down"
     assert below in refusal("colossalai", "HybridParallelPlugin(tp_size=1, pp_size=1, initial_scale=0.5)", 1)
+
+
+@pytest.mark.parametrize("call", ["adjust(kw)", "self.adjust([kw], 2)", "adjust(settings=kw)"])
+def test_a_dict_that_a_function_may_change(call: str) -> None:
+    """Catches a dict taken as it was made though a function of the program was handed it."""
+    text = f"kw = dict(tp_size=2, pp_size=1)\n{call}\nHybridParallelPlugin(**kw)"
+    assert "may be changed after it is made" in refusal("colossalai", text, 8)
+    harmless = text.replace(call, "print(kw)\nlog = json.dumps(kw)\nPlain(kw)")
+    assert translate("colossalai", [harmless], world=8).plan.tensor == 2
+
+
+def test_a_configuration_of_the_first_kind() -> None:
+    """Catches an unknown name called without effect, a seed that is lost, and gradients of one batch of several."""
+    text = "BATCH_SIZE = 8\nseed = 3\nfp16 = None\nODD = 1\ngradient_accumulation = 4\nNUM_MICRO_BATCHES = 2\n"
+    text += "parallel = dict(pipeline=2, tensor=dict(size=4, mode='2d'))"
+    found, said = translate("colossalai", [text], world=16), verdicts(text, 16)
+    train = {"micro_batch": 4, "accumulate": 8, "global_batch": 64, "precision": "float32", "schedule": {"seed": 3}}
+    assert train.items() <= found.train.items()
+    assert said["ODD"] == {"changed"} and said["fp16"] == {"no effect"}

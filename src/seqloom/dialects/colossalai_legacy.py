@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from seqloom.dialects.colossalai_options import untouched
+from seqloom.dialects.colossalai_options import close
 from seqloom.dialects.colossalai_plugin import data_degree
 from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger, Unread, flatten, shown
@@ -62,7 +62,9 @@ def translate(given: Mapping[str, Any], *, world: int | None, keep_order: bool) 
         fields["recompute"] = "full"
         ledger.mapped("recompute=full.", recompute)
     train = _train(ledger, data, "full" if recompute else "none")
-    ledger.close(untouched)
+    close(
+        ledger, "Not read here: it enters neither the plan nor `train`, and what it changes there is not carried over."
+    )
     return conclude(ledger, Draft(fields, None, train, ORDER), keep_order)
 
 
@@ -137,23 +139,32 @@ def _grid(ledger: Ledger, mode: str, size: int, depth: int) -> dict[str, Any]:
 
 
 def _train(ledger: Ledger, data: int, recompute: str) -> dict[str, Any]:
-    micros = ledger.whole("NUM_MICRO_BATCHES", 0) or ledger.whole("gradient_accumulation", 0) or None
-    ledger.mapped("Micro-batches of a step.", "NUM_MICRO_BATCHES", "gradient_accumulation")
+    micros, steps = ledger.whole("NUM_MICRO_BATCHES"), ledger.whole("gradient_accumulation")
+    ledger.mapped("Micro-batches that a batch is cut into.", "NUM_MICRO_BATCHES")
+    ledger.mapped("Batches of a step.", "gradient_accumulation")
     batch = ledger.whole("BATCH_SIZE", 0) or None if "BATCH_SIZE" in ledger else None
-    ledger.mapped(f"Rows of a step on each of {data} data ranks.", "BATCH_SIZE")
+    ledger.mapped(f"Rows of a batch on each of {data} data ranks.", "BATCH_SIZE")
     length = next((name for name in ("SEQ_LENGTH", "SEQ_LEN", "SEQUENCE_LENGTH") if name in ledger), "SEQ_LENGTH")
     tokens = ledger.whole(length, 0) or None if isinstance(ledger.given.get(length), int) else None
     ledger.mapped("train.sequence_length.", length)
-    half = any(name.startswith("fp16") for name in ledger.given)
-    ledger.mapped("train.precision=fp16.", *(name for name in ledger.given if name.startswith("fp16")))
-    schedule = {"clip": ledger.number("clip_grad_norm")} if "clip_grad_norm" in ledger else {}
+    half = [name for name in ledger.given if name.partition(".")[0] == "fp16"]
+    on = [name for name in half if not (name == "fp16" and ledger.given[name] in (None, False))]
+    ledger.mapped("train.precision=fp16.", *on)
+    ledger.no_effect("Off.", *half)
+    schedule = {"clip": ledger.number("clip_grad_norm")} if ledger.given.get("clip_grad_norm") is not None else {}
+    if ledger.given.get("seed") is not None:
+        schedule["seed"] = ledger.whole("seed", least=0)
+    if ledger.given.get("NUM_EPOCHS") is not None:
+        schedule["epochs"] = ledger.whole("NUM_EPOCHS")
+        ledger.mapped("train.schedule.epochs.", "NUM_EPOCHS")
+    said = {"NUM_MICRO_BATCHES", "gradient_accumulation"} & set(ledger.given)
     return {
         "sequence_length": tokens,
-        "micro_batch": max(1, batch // (micros or 1)) if batch else None,
-        "accumulate": micros,
-        "global_batch": batch * data if batch else None,
+        "micro_batch": max(1, batch // micros) if batch else None,
+        "accumulate": micros * steps if said else None,
+        "global_batch": batch * data * steps if batch else None,
         "ramp_up": None,
         "recompute": recompute,
-        "precision": "fp16" if half else "float32",
+        "precision": "fp16" if on else "float32",
         "schedule": schedule,
     }

@@ -165,19 +165,23 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
 _REASONS = {name: why for why, names in _GROUPS.items() for name in names.split()}
 
 
-def close(ledger: Ledger) -> None:
+def close(ledger: Ledger, unknown: str = "Not an option that is known here; it does not enter the plan.") -> None:
     """Note every option of a plugin or command line that no rule reads; an unknown one may change anything."""
-    ledger.close(lambda name: _off_or(name, ledger.given[name]))
+    ledger.close(lambda name: _off_or(name, ledger.given[name], unknown))
 
 
-def _off_or(name: str, value: object) -> tuple[Verdict, str]:
+def _off_or(name: str, value: object, unknown: str) -> tuple[Verdict, str]:
     if name in ("fp8_communication", "use_fp8", "--use_fp8_comm", "--use_fp8"):
         return ("changed", _FP8) if value else ("no effect", "Off.")
     if name == "custom_policy" and value is None:
         return "no effect", "None is given."
+    if name == "enable_flash_attention" and not value:
+        return "no effect", f"Off there; {BY_NAME[name][1]}"
+    if name == "enable_all_optimization" and not value:
+        return "no effect", "Off."
     if name in BY_NAME or name in _REASONS or name in HYBRID or name in GEMINI or name in MOE:
         return untouched(name)
-    return "changed", "Not an option that is known here; it does not enter the plan."
+    return "changed", unknown
 
 
 def untouched(name: str) -> tuple[Verdict, str]:

@@ -108,7 +108,7 @@ class Source:
         if isinstance(node, ast.Name) and node.id in self.constants:
             return self._value(self.constants[node.id], depth + 1)
         if isinstance(node, ast.Name) and node.id in self.changed:
-            raise ValueError(f"{node.id} is changed after it is made")
+            raise ValueError(f"{node.id} is or may be changed after it is made")
         raise ValueError("it is not a literal")
 
     def _pairs(self, node: ast.Dict, depth: int) -> Iterator[tuple[str, Any]]:
@@ -148,9 +148,8 @@ class Source:
             return placed | self.keywords(call)
         except (ValueError, RecursionError) as error:
             raise DialectError(
-                f"{_last(call.func)} at line {call.lineno} is given ** of something that is not a literal, and no "
-                "file is "
-                "run here; write its arguments out."
+                f"{_last(call.func)} at line {call.lineno} is given ** of something that is not a literal "
+                f"({error}), and no file is run here; write its arguments out."
             ) from error
 
     def assignments(self) -> Iterator[tuple[str, ast.expr]]:
@@ -190,10 +189,63 @@ _CHANGING = frozenset(
 """Methods by which a dict or list changes in place."""
 
 
+_READERS = frozenset(
+    [
+        *(
+            "print",
+            "pprint",
+            "len",
+            "str",
+            "repr",
+            "dict",
+            "list",
+            "tuple",
+            "sorted",
+            "sum",
+            "max",
+            "min",
+            "any",
+            "all",
+            "bool",
+            "type",
+            "isinstance",
+        ),
+        *("enumerate", "zip", "copy", "deepcopy", "dumps", "dump", "info", "debug", "warning", "log", "format"),
+        *("initialize", "launch", "launch_from_torch", "launch_from_slurm", "launch_from_openmpi", "join"),
+    ]
+)
+"""Functions that a dict or list may be handed to and stay as it is; so may classes, which are written Large."""
+
+
+def _handed(call: ast.Call) -> Iterator[str]:
+    """Names that a call hands to a function which may change what they stand for."""
+    name = _last(call.func)
+    if name in _READERS or name[:1].isupper():
+        return
+    for given in [*call.args, *(keyword.value for keyword in call.keywords if keyword.arg is not None)]:
+        parts = given.elts if isinstance(given, (ast.List, ast.Tuple)) else [given]
+        yield from (part.id for part in parts if isinstance(part, ast.Name))
+
+
+def _mutable(value: ast.expr) -> bool:
+    """Whether an expression makes a dict or list, which a function may change."""
+    made = isinstance(value, ast.Call) and _last(value.func) in ("dict", "list")
+    return made or isinstance(value, (ast.Dict, ast.List))
+
+
 def _changed(tree: ast.Module) -> frozenset[str]:
     """Names whose value something of the file changes in place, and those that are bound to the same value."""
     found: set[str] = set()
+    made = {
+        target.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and _mutable(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            found |= made.intersection(_handed(node))
         if isinstance(node, (ast.Subscript, ast.Attribute)) and not isinstance(node.ctx, ast.Load):
             found.add(_root(node))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CHANGING:

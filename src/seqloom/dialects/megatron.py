@@ -224,7 +224,7 @@ def _rest(ledger: Ledger, line: CommandLine) -> None:
         cut_short = [one for one in LAYOUT if len(plain) > 8 and one.startswith(plain)]
         if close := cut_short or get_close_matches(plain, LAYOUT, 1, 0.9):
             ledger.refuse(name, f"{name} is no option of theirs (did you mean '{close[0]}'?).")
-    ledger.close(_unknown)
+    ledger.close(lambda name: _unknown(name, ledger.given[name]))
     for name in line.repeated:
         ledger.note(name, "mapped", "It is given more than once; the last one counts, as there.")
     for text in line.stray:
@@ -245,8 +245,17 @@ def _rest(ledger: Ledger, line: CommandLine) -> None:
         ledger.note(name, "no effect", why, value=value)
 
 
-def _unknown(name: str) -> tuple[Verdict, str]:
+_OFF = {
+    "--deepspeed": "Off.",
+    "--use-flash-attn": "Off there; seqloom's attention never builds the matrix of scores either way.",
+    "--kv-head-repeat-before-uly-alltoall": "Off there; seqloom repeats key/value heads where there are too few.",
+}
+
+
+def _unknown(name: str, value: Any) -> tuple[Verdict, str]:
     known = untouched(name)
-    if known is not None:
-        return known  # type: ignore[return-value]
-    return unread(name)
+    if known is None:
+        return unread(name)
+    if known[0] == "mapped" and str(value).lower() in ("false", "0"):
+        return ("no effect", _OFF[name]) if name in _OFF else ("changed", f"Off there, and here it is on: {known[1]}")
+    return known  # type: ignore[return-value]

@@ -332,7 +332,8 @@ def _attention(ledger: Ledger, fields: dict[str, Any], length: int | None) -> No
         )
         ledger.note(flash or "use_flash_attention", "changed", why)
     elif flash:
-        ledger.mapped("seqloom's attention never builds the matrix of scores; this is always so.", flash)
+        always = "seqloom's attention never builds the matrix of scores; this is always so."
+        ledger.each("mapped" if on else "no effect", always if on else f"Off there; {always}", (flash,))
     if ring:
         used = fields.get("ring", 1) > 1 and fields.get("exchange") == "ring"
         on = ledger.flag(ring)
