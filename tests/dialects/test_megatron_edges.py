@@ -150,6 +150,7 @@ def test_where_deepspeed_keeps_activations(flags: str, kept: str) -> None:
         ),
         ("--attention-mask-type causal", "--attention-mask-type", "mapped"),
         ("--use-flash-attn", "--use-flash-attn", "mapped"),
+        ("--lora-r 8", "--lora-r", "changed"),
         ("--use-flash-attn=False", "--use-flash-attn", "no effect"),
         ("--reset-attention-mask=False", "--reset-attention-mask", "changed"),
         ("--deepspeed --zero-stage 0 --use-distributed-optimizer", "--use-distributed-optimizer", "no effect"),
@@ -200,3 +201,21 @@ def test_a_version_that_is_none() -> None:
     for size in (1, 2):
         with pytest.raises(DialectError, match="'bogus' is no version"):
             read(f"--context-parallel-size {size}", 2, "bogus")
+
+
+def test_layers_that_do_nothing_and_latent_attention() -> None:
+    """Catches a DeepSeek model taken for Mixtral, with the layers that only fill its stages."""
+    flags = "--num-layers 64 --noop-layers 61,62,63 --hidden-size 7168 --num-attention-heads 128 --num-experts 256 "
+    flags += "--moe-router-topk 8 --multi-head-latent-attention --mtp-num-layers 1 --routed-scaling-factor 2.5"
+    model = read(flags, 8)[0].model
+    assert model is not None and (model["model_type"], model["num_hidden_layers"]) == ("deepseek_v3", 61)
+    assert model["routed_scaling_factor"] == 2.5
+
+
+def test_machines_that_a_file_names() -> None:
+    """Catches a world of one machine taken for certain where --hostfile may name several."""
+    notes = read("deepspeed --num_gpus 8 --hostfile hosts a.py --bf16")[1]
+    assert (
+        notes["world"].verdict == "changed"
+        and read("torchrun --nproc_per_node 8 a.py --bf16")[1]["world"].verdict == "mapped"
+    )

@@ -216,3 +216,14 @@ def test_layers_of_the_newer_files_that_are_computed_again() -> None:
     assert note("mindformers", text % "2-3", "recompute.full_recompute_layer").verdict == "changed"
     offset = PIPELINE % (1, False, "1f1b", "False", 8, "0")
     assert note("mindformers", offset, "model.model_config.offset").verdict == "no effect"
+
+
+def test_what_shipped_files_hold() -> None:
+    """Catches a refusal of a group that counts for nothing there, and DeepSeek's sizes lost."""
+    text = "parallel_config: {data_parallel: 4}\nparallel: {enable_parallel_optimizer: True, "
+    text += "parallel_optimizer_config: {optimizer_weight_shard_size: 256}}\n"
+    text += "model: {model_config: {model_type: deepseek_v3, hidden_size: 64, num_hidden_layers: 2, "
+    text += "num_attention_heads: 4, kv_lora_rank: 32, v_head_dim: 16, first_k_dense_replace: 1}}"
+    found = translate("mindformers", [text])
+    assert found.plan == Plan(data=4, zero=1) and found.model is not None
+    assert (found.model["kv_lora_rank"], found.model["first_k_dense_replace"]) == (32, 1)

@@ -5,7 +5,7 @@ from typing import Any
 from seqloom.dialects.colossalai_gemini import gemini
 from seqloom.dialects.colossalai_options import close
 from seqloom.dialects.colossalai_plugin import hybrid
-from seqloom.dialects.flags import CommandLine
+from seqloom.dialects.flags import CommandLine, said_world
 from seqloom.dialects.ledger import Ledger
 from seqloom.dialects.megatron_options import LAYOUT
 from seqloom.dialects.models import by_name
@@ -20,6 +20,8 @@ _SHORT = {
     "-g": "--grad_checkpoint",
     "--use_grad_checkpoint": "--grad_checkpoint",
     "--max_len": "--max_length",
+    "--micro_batch_size": "--batch_size",
+    "--num_epochs": "--max_epochs",
 }
 _PLUGIN = {
     "tp_size": ("--tp",),
@@ -63,6 +65,9 @@ def translate(
             "--offload_param_frac",
             "--extra_dp",
         )
+    if world is None and line.world is not None:
+        verdict, why = said_world(line)
+        outer.note("world", verdict, why, value=line.world)
     world = world if world is not None else line.world
     inner = Ledger(_arguments(outer, long, plugin, moe))
     draft = _draft(inner, plugin, world, version, moe)
@@ -158,10 +163,10 @@ def _defaults(outer: Ledger, program: str, moe: bool) -> dict[str, Any]:
 
 def _schedule(outer: Ledger, train: dict[str, Any], tensor: int) -> None:
     """What training programs say beside the plugin: rates, accumulation, adapters."""
-    flags = {"--lr": "learning_rate", "--weight_decay": "weight_decay", "--grad_clip": "clip"}
+    flags = {"--lr": "learning_rate", "--weight_decay": "weight_decay", "--grad_clip": "clip", "--max_epochs": "epochs"}
     for flag, key in flags.items():
         if (value := outer.number(flag)) is not None:
-            train["schedule"][key] = value
+            train["schedule"][key] = int(value) if key == "epochs" else value
             outer.mapped(f"train.schedule.{key}.", flag)
     for flag in ("--lora_rank", "--enable_lora"):
         on = bool(outer.get(flag)) and str(outer.get(flag)) not in ("0", "false", "False")

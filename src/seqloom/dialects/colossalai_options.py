@@ -128,7 +128,8 @@ _GROUPS = {
     ),
     _GIVEN: (
         "--dataset --pretrain --tokenizer_dir --save_path --save_dir --save_interval --checkpoint_path --config_file "
-        "--log_dir --log_interval --load_checkpoint --num_workers --use_wandb --wandb"
+        "--log_dir --log_interval --load_checkpoint --num_workers --use_wandb --wandb --tensorboard_dir --pretrained "
+        "--pad_token"
     ),
     _MEASURE: "-s --num_steps -i --ignore_steps --profile --nsys --debug",
 }
@@ -141,6 +142,7 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
         "says that it turns sequence parallelism on too; their code does not, and neither does this.",
     ),
     "enable_flash_attention": ("mapped", "seqloom's attention never builds the matrix of scores; this is always so."),
+    "--use_flash_attn": ("mapped", "seqloom's attention never builds the matrix of scores; this is always so."),
     "parallel_output": (
         "no effect",
         "The loss is always computed on each rank's own tokens or part of the vocabulary.",

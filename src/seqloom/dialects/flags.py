@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from seqloom.dialects.ledger import Unread, as_whole
+from seqloom.dialects.ledger import Unread, Verdict, as_whole
 from seqloom.dialects.shell import Launch, Script, run
-from seqloom.errors import DialectError
+from seqloom.errors import DialectError, counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +144,16 @@ def _certain(value: Any) -> Any:
 
 def _text(word: str | Unread) -> str:
     return word.text if isinstance(word, Unread) else word
+
+
+def said_world(line: CommandLine) -> tuple[Verdict, str]:
+    """The verdict and reason of the processes that a launcher starts; a file of hosts may name several machines."""
+    if "--hostfile" in line.launcher and not {"--nnodes", "--num_nodes"} & set(line.launcher):
+        return (
+            "changed",
+            f"{counted(line.world or 1, 'process')} of one machine; if --hostfile names several, give --world.",
+        )
+    return "mapped", f"The launcher starts {counted(line.world or 1, 'process')}."
 
 
 def _world(launcher: Mapping[str, Any], script: Script) -> int | None:

@@ -95,7 +95,8 @@ def _world(ledger: Ledger, line: CommandLine, world: int | None, size: int) -> i
             )
         return world
     if line.world is not None:
-        ledger.note("world", "mapped", f"The launcher starts {counted(line.world, 'process')}.", value=line.world)
+        verdict, why = said_world(line)
+        ledger.note("world", verdict, why, value=line.world)
         return line.world
     ledger.note(
         "world",

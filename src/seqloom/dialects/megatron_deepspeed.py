@@ -55,6 +55,11 @@ def schedule_of(ledger: Ledger) -> dict[str, Any]:
     if power in ledger:
         found["initial_loss_scale"] = 2 ** ledger.whole(power, 16, least=0, most=64)
         ledger.mapped("train.schedule.initial_loss_scale.", power)
+    if (window := _INSIDE + "fp16.loss_scale_window") in ledger:
+        found["loss_scale_window"] = ledger.whole(window)
+        ledger.mapped("train.schedule.loss_scale_window.", window)
+    if ledger.given.get(scale := _INSIDE + "fp16.loss_scale") == 0:
+        ledger.mapped("A scale that grows and shrinks, as here.", scale)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqloom.dialects.ledger import Ledger
+from seqloom.dialects.ledger import Ledger, as_whole
 from seqloom.dialects.models import FIRST_QWEN, by_name, by_sizes, family, full
 
 _SIZES = {
@@ -34,6 +34,7 @@ def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] |
         ledger.no_effect("The model's sizes are not all given, so they do not enter `model`.", *left)
         return named[1] if named else None
     sizes = {key: ledger.whole(name) for name, key in _SIZES.items() if name in ledger}
+    sizes["num_hidden_layers"] -= _idle(ledger, sizes["num_hidden_layers"])
     if "--group-query-attention" in ledger and "--num-query-groups" in ledger:
         sizes["num_key_value_heads"] = ledger.whole("--num-query-groups")
     ledger.mapped("It enters `model`.", *_SIZES, "--num-query-groups", "--group-query-attention")
@@ -48,6 +49,17 @@ def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] |
     if like_it:
         ledger.note("model", "mapped", f"Its sizes are those of {like_it[0]}.{_qwen(like_it[0])}", value=like_it[0])
     return _filled(ledger, config, sizes, length)
+
+
+def _idle(ledger: Ledger, layers: int) -> int:
+    """How many of the layers do nothing."""
+    listed = ledger.get("--noop-layers")
+    found = {as_whole(each) for each in str(listed).split(",")} if listed is not None else set()
+    idle = len([each for each in found if each is not None and 0 <= each < layers])
+    if None in found or idle == layers:
+        return 0
+    ledger.changed(f"The model has {layers - idle} layers: those that do nothing there are left out.", "--noop-layers")
+    return idle
 
 
 def _agrees(config: dict[str, Any], sizes: dict[str, int]) -> bool:
@@ -70,6 +82,7 @@ _FEATURES = (
     "--qkv-bias",
     "--qk-layernorm",
     "--multi-latent-attention",
+    "--multi-head-latent-attention",
 )
 
 
@@ -78,7 +91,9 @@ def _family(ledger: Ledger, title: str) -> str:
     position = ledger.get("--position-embedding-type", "learned_absolute")
     rotary = position == "rope" or ledger.flag("--use-rotary-position-embeddings")
     if ledger.whole("--num-experts", 0, least=0) > 1:
-        return "deepseek_v2" if ledger.flag("--multi-latent-attention") else "mixtral"
+        latent = ledger.flag("--multi-latent-attention") or ledger.flag("--multi-head-latent-attention")
+        newer = "--mtp-num-layers" in ledger or ledger.get("--moe-router-score-function") == "sigmoid"
+        return ("deepseek_v3" if newer else "deepseek_v2") if latent else "mixtral"
     if position == "alibi":
         return "bloom"
     if rotary or ledger.flag("--swiglu") or ledger.get("--normalization") == "RMSNorm":
@@ -120,6 +135,13 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
         for name in (name for name in _LATENT if name in ledger):
             config[_LATENT[name]] = ledger.whole(name, least=0)
             ledger.mapped("It enters `model`.", name)
+        for name in ("--routed-scaling-factor", "--moe-router-topk-scaling-factor"):
+            if name in ledger:
+                config["routed_scaling_factor"] = ledger.number(name)
+                ledger.mapped("It enters `model`.", name)
+        if "--norm-topk-prob" in ledger:
+            config["norm_topk_prob"] = ledger.flag("--norm-topk-prob")
+            ledger.mapped("It enters `model`.", "--norm-topk-prob")
     if "vocab_size" not in config:
         config["vocab_size"] = {"llama": 32_000, "qwen2": 151_936, "bloom": 250_880, "gpt2": 50_257}.get(
             known["model_type"], 32_000
@@ -146,6 +168,7 @@ _LATENT = {
     "--qk-rope-head-dim": "qk_rope_head_dim",
     "--v-head-dim": "v_head_dim",
     "--moe-ffn-hidden-size": "moe_intermediate_size",
+    "--moe-intermediate-size": "moe_intermediate_size",
     "--n-shared-experts": "n_shared_experts",
     "--first-k-dense-replace": "first_k_dense_replace",
     "--n-group": "n_group",

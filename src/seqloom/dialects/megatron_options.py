@@ -137,7 +137,7 @@ NO_EFFECT = {
         "--add-dense-bias"
     ),
     _INFER: (
-        "--task --task-data --stage --lora-r --lora-alpha --lora-target-modules --lora-load --max-new-tokens "
+        "--task --task-data --stage --max-new-tokens "
         "--inference-batch-times-seqlen-threshold --prompt-type --use-kv-cache --add-eos-token "
         "--inference-max-seq-length"
     ),
@@ -214,6 +214,11 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
         name: ("changed", "Weight decay is the same in all steps here, that of --weight-decay.")
         for name in ("--start-weight-decay", "--end-weight-decay", "--weight-decay-incr-style")
     },
+    **{
+        name: ("changed", "There are no adapters; all weights are trained.")
+        for name in ("--lora-r", "--lora-alpha", "--lora-target-modules", "--lora-load", "--lora-fusion")
+    },
+    "--schedules-method": ("changed", "The plan's schedule is the usual one; write schedule= in the plan."),
     "--lr-wsd-decay-style": ("changed", "The fall at the end is linear here."),
     "--calculate-per-token-loss": ("mapped", "seqloom's loss is always the mean over the labels of the global batch."),
     "--moe-router-load-balancing-type": ("no effect", "The family's own auxiliary loss is used."),

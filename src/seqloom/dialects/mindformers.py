@@ -292,12 +292,12 @@ def _zero(ledger: Ledger, fields: dict[str, Any]) -> dict[str, Any]:
     shards = ledger.whole(size, 0, least=-1)
     if size in ledger and shards > 0:
         if replicas % shards:
-            ledger.refuse(
-                size, f"{size.rpartition('.')[2]} {shards} does not divide data x context = {replicas}; use a divisor."
+            ledger.no_effect(
+                f"It does not divide data x context = {replicas}, and then it counts for nothing there.", size
             )
         else:
             found["zero_replicas"] = replicas // shards
-    ledger.mapped(f"zero_replicas={found.get('zero_replicas', 1)}.", size)
+    ledger.mapped(f"zero_replicas={found.get('zero_replicas', 1)}.", *(() if ledger.noted(size) else (size,)))
     return found
 
 

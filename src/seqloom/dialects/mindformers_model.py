@@ -77,9 +77,26 @@ def model_of(ledger: Ledger, title: str) -> dict[str, Any] | None:
     return family(config["model_type"], config)
 
 
+_LATENT = (
+    *("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "moe_intermediate_size"),
+    *("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"),
+)
+"""Sizes of DeepSeek's latent attention and experts, under Hugging Face's names there too."""
+
+
 def _kept(ledger: Ledger, kind: str) -> dict[str, Any]:
-    """Whether the embeddings are the output's weights too, and the width of a head where the family has one."""
+    """Tied embeddings, the width of a head where the family has one, and what only DeepSeek's families have."""
     found: dict[str, Any] = {}
+    if kind.startswith("deepseek"):
+        given = {key: name for key in _LATENT if (name := find(ledger, key))}
+        found |= {key: ledger.whole(name, least=0) for key, name in given.items()}
+        ledger.mapped("It enters `model`.", *given.values())
+        if name := find(ledger, "routed_scaling_factor"):
+            found["routed_scaling_factor"] = ledger.number(name)
+            ledger.mapped("It enters `model`.", name)
+        if name := find(ledger, "norm_topk_prob"):
+            found["norm_topk_prob"] = ledger.flag(name)
+            ledger.mapped("It enters `model`.", name)
     if name := find(ledger, "tie_word_embeddings"):
         found["tie_word_embeddings"] = ledger.flag(name)
         ledger.mapped("It enters `model`.", name)

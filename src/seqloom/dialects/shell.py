@@ -243,7 +243,7 @@ class _Follower:
         if not case.waiting:
             self.frames.fall_through(case)
         elif end in (")", "|"):
-            words = ["".join(self.values.expand(token.word, split=False)) for token in found]
+            words = [self.values.pattern(token.word) for token in found]
             self.frames.pattern(case, words, end == ")")
             self.after = "" if end == ")" else end
             self.status = True if end == ")" else self.status
@@ -325,10 +325,25 @@ class _Follower:
         if declaring is None and any(token.kind == "word" for token in rest):
             for name, value in before.items():  # the shell expands the words before it
                 self.values.restore(name, value)
-        words = [each for token in rest if token.kind == "word" for each in self.values.expand(token.word)]
+        words = self.words([token for token in rest if token.kind == "word"])
         if not words:
+            if any(token.kind == "operator" and token.text == "<" for token in found):
+                for name in before:
+                    self.values.cast_doubt(name, f"{name} is a placeholder in <>")
             return None if any(piece.kind == "command" for token in found for piece in token.word) else True
         return self.run_words(words, next(token.line for token in rest if token.kind == "word"))
+
+    def words(self, found: Sequence[Token]) -> list[str]:
+        """What the words of a command stand for; in [[ ]] those that are compared with are patterns."""
+        if not found or literal(found[0].word) != "[[":
+            return [each for token in found for each in self.values.expand(token.word)]
+        words: list[str] = []
+        for token in found:
+            if words and words[-1] in ("==", "=", "!="):
+                words.append(self.values.pattern(token.word))
+            else:
+                words.append("".join(self.values.expand(token.word, split=False)))
+        return words
 
     def keep_local(self, name: str, declaring: str | None) -> None:
         """Note what a variable is before a function has one of its own under the name."""

@@ -27,7 +27,9 @@ def assign_word(values: Values, word: Word, name: str) -> None:
         values.cast_doubt(name, f"an element of {name} is set whose place is not read")
         return
     rest = Piece("text", word[0].text[found.end() :], False)
+    values.assigning = name
     value = values.expand((rest, *word[1:]) if rest.text else word[1:], split=False)
+    values.assigning = ""
     array, _, index = name.rstrip("]").partition("[")
     elements = list(values.variables.get(array, ()))
     if "[" in name and index.isdecimal() and len(index) < 6 and int(index) <= len(elements) and not found[2]:

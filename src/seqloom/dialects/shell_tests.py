@@ -65,9 +65,12 @@ def _one(inside: list[str], double: bool) -> bool | None:
         return inside[0] != ""
     if len(inside) == 2 and inside[0] in ("-z", "-n"):
         return (inside[1] == "") == (inside[0] == "-z")
-    if len(inside) != 3 or (double and re.search(r"[*?\[\\]", inside[2])):
+    if len(inside) != 3:
         return None
     left, sign, right = inside
+    if double and sign in ("==", "=", "!="):
+        held = matches(left, right)
+        return None if held is None else held is not (sign == "!=")
     if sign.startswith("-"):
         numbers = [int(one) for one in (left, right) if re.fullmatch(r"-?\d{1,18}", one)]
         return compare(numbers[0], sign, numbers[1]) if len(numbers) == 2 else None

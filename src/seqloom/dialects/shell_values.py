@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from glob import escape
 
 from seqloom.dialects.ledger import Unread
 from seqloom.dialects.shell_words import Piece, Word, inner_word
@@ -44,7 +45,8 @@ State = tuple[tuple[str, ...] | None, bool]
 class Values:
     """Variables by name, an array's elements in order, and what is in doubt about them.
 
-    gated: whether what is followed now may not run, by the && or || before it. passing: names that were set for one
+    gated: whether what is followed now may not run, by the && or || before it. assigning: the variable that is set
+    now, which is empty in its own value where it was not set before. passing: names that were set for one
     command or a subshell only. journal: what branches, loops and subshells found, innermost last. sourced: why a
     name that the script does not set may be set all the same.
     """
@@ -52,6 +54,7 @@ class Values:
     variables: dict[str, tuple[str, ...]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     gated: bool = False
+    assigning: str = ""
     passing: set[str] = field(default_factory=set)
     sourced: str = ""
     journal: list[dict[str, State]] = field(default_factory=list)
@@ -185,6 +188,11 @@ class Values:
             raise DialectError(f"A word of the script grows beyond {MOST_CHARACTERS:,} characters.")
         return words
 
+    def pattern(self, word: Word) -> str:
+        """The pattern that a word stands for; what is quoted stands for itself."""
+        found = ["".join(self.expand((piece,), split=False)) for piece in word]
+        return "".join(escape(text) if piece.quoted else text for text, piece in zip(found, word, strict=True))
+
     def value(self, piece: Piece, depth: int) -> list[str]:
         """What a parameter, a sum or a command stands for."""
         if piece.kind == "command":
@@ -213,6 +221,8 @@ class Values:
                 self.assign(name, ["".join(instead)])
             return instead
         if kind == "+":
+            return []
+        if known is None and name == self.assigning and not self.sourced:
             return []
         if known is None:
             return [self.doubt(f"${name} is not set in the script")]
