@@ -148,12 +148,10 @@ def _text(word: str | Unread) -> str:
 
 def said_world(line: CommandLine) -> tuple[Verdict, str]:
     """The verdict and reason of the processes that a launcher starts; a file of hosts may name several machines."""
+    processes = counted(line.world or 1, "process")
     if "--hostfile" in line.launcher and not {"--nnodes", "--num_nodes"} & set(line.launcher):
-        return (
-            "changed",
-            f"{counted(line.world or 1, 'process')} of one machine; if --hostfile names several, give --world.",
-        )
-    return "mapped", f"The launcher starts {counted(line.world or 1, 'process')}."
+        return "changed", f"{processes} of one machine; if --hostfile names several, give --world."
+    return "mapped", f"The launcher starts {processes}."
 
 
 def _world(launcher: Mapping[str, Any], script: Script) -> int | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from seqloom.dialects.context import check_heads
-from seqloom.dialects.flags import CommandLine, from_text, from_words
+from seqloom.dialects.flags import CommandLine, from_text, from_words, said_world
 from seqloom.dialects.ledger import Ledger, Verdict, as_whole, shown
 from seqloom.dialects.megatron_context import context_axes, sequence_ranks
 from seqloom.dialects.megatron_deepspeed import read_config, unread, zero
