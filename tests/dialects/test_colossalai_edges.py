@@ -6,6 +6,7 @@ import pytest
 
 from dialects.test_translate import refusal
 from seqloom.dialects import translate
+from seqloom.errors import DialectError
 from seqloom.plan import Plan
 
 
@@ -147,3 +148,14 @@ def test_a_configuration_of_the_first_kind() -> None:
     train = {"micro_batch": 4, "accumulate": 8, "global_batch": 64, "precision": "float32", "schedule": {"seed": 3}}
     assert train.items() <= found.train.items()
     assert said["ODD"] == {"changed"} and said["fp16"] == {"no effect"}
+
+
+@pytest.mark.parametrize(
+    "text", ["HybridParallelPlugin(tp_size=1, pp_size=1)", "parallel = dict(pipeline=1)", "benchmark.py -p 3d --tp 1"]
+)
+def test_a_version_that_is_none(text: str) -> None:
+    """Catches a version that nobody released, and one that is passed over without a word."""
+    with pytest.raises(DialectError, match="'zz' is no version"):
+        translate("colossalai", [text], world=1, version="zz")
+    notes = {each.option: each.verdict for each in translate("colossalai", [text], world=1, version="0.4.5").notes}
+    assert notes["--dialect-version"] == "no effect"

@@ -48,6 +48,7 @@ def test_files_that_are_slow_to_read(text: str) -> None:
             "parallelism: {data_parallel_shard: 3}\ntraining: {local_batch_size: 3, global_batch_size: 64}",
             "64 is no multiple of 3 rows x data 3 = 9; use 63 or 72.",
         ),
+        ("parallel: {device_num: 16}\nparallel_config: {data_parallel: 4, model_parallel: 2}", "device_num 16 must be"),
         ("parallelism: {data_parallel_replicate: 3}", "x data_parallel_replicate = 3; use 6."),
     ],
 )

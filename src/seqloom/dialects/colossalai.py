@@ -8,7 +8,7 @@ from typing import Any
 
 from seqloom.dialects import colossalai_benchmark, colossalai_legacy
 from seqloom.dialects.colossalai_gemini import gemini
-from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, close
+from seqloom.dialects.colossalai_options import GEMINI, HYBRID, MOE, close, said_version
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import from_text, from_words
 from seqloom.dialects.ledger import Ledger, Unread, flatten, plain
@@ -46,7 +46,7 @@ def translate(
     found = list(source.calls([*PLUGINS, *OTHERS]))
     if not found:
         if given := colossalai_legacy.settings(source):
-            return colossalai_legacy.translate(given, world=world, keep_order=keep_order)
+            return colossalai_legacy.translate(given, world=world, keep_order=keep_order, version=version)
         raise DialectError(
             f"The file makes none of {', '.join(PLUGINS)} and holds no `parallel = dict(...)`; give one that does."
         )
@@ -85,6 +85,7 @@ def translate_config(settings: Mapping[str, Any] | str, *, world: int) -> Transl
 def _drafted(name: str, arguments: Mapping[str, Any], world: int | None, version: str | None) -> tuple[Ledger, Draft]:
     """What the arguments of a plugin say, as it is read."""
     ledger = Ledger(arguments)
+    said_version(ledger, version)
     draft = (
         gemini(ledger, world) if name == "GeminiPlugin" else hybrid(ledger, world, version, moe=name.startswith("Moe"))
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from seqloom.dialects.colossalai_gemini import gemini
-from seqloom.dialects.colossalai_options import close
+from seqloom.dialects.colossalai_options import close, said_version
 from seqloom.dialects.colossalai_plugin import hybrid
 from seqloom.dialects.flags import CommandLine, said_world
 from seqloom.dialects.ledger import Ledger
@@ -50,6 +50,7 @@ def translate(
     """The plan of a command line such as `benchmark.py -p 3d --tp 4`."""
     long = {_SHORT.get(name, name): value for name, value in line.options.items()}
     outer = Ledger(long)
+    said_version(outer, version)
     program = line.program or title
     _no_other_system(outer)
     moe = "--ep" in long or any(word in program for word in ("deepseek", "mixtral"))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
-from seqloom.dialects.colossalai_options import close
+from seqloom.dialects.colossalai_options import close, said_version
 from seqloom.dialects.colossalai_plugin import data_degree
 from seqloom.dialects.context import axes
 from seqloom.dialects.ledger import Ledger, Unread, flatten, shown
@@ -33,9 +33,12 @@ def settings(source: Source) -> dict[str, Any] | None:
     return dict(flatten(named)) if "parallel" in named else None
 
 
-def translate(given: Mapping[str, Any], *, world: int | None, keep_order: bool) -> Translation:
+def translate(
+    given: Mapping[str, Any], *, world: int | None, keep_order: bool, version: str | None = None
+) -> Translation:
     """The plan of such settings; `data` counts for nothing there, and is what is left of the world."""
     ledger = Ledger(given)
+    said_version(ledger, version)
     if "parallel" in ledger and not isinstance(given["parallel"], Unread) and given["parallel"] not in (None, {}):
         ledger.refuse(
             "parallel", f"parallel is {shown(given['parallel'])}; write it as dict(pipeline=..., tensor=dict(...))."

@@ -1,6 +1,9 @@
 """The options of Colossal-AI's plugins, benchmark programs and configuration files, by what becomes of them."""
 
+import re
+
 from seqloom.dialects.ledger import Ledger, Verdict
+from seqloom.errors import DialectError
 
 HYBRID = [
     "tp_size",
@@ -165,6 +168,17 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
 """Options with a sentence of their own."""
 
 _REASONS = {name: why for why, names in _GROUPS.items() for name in names.split()}
+
+
+def said_version(ledger: Ledger, version: str | None) -> None:
+    """Note --dialect-version. Raises DialectError where it is none."""
+    if version is None:
+        return
+    if not re.match(r"v?\d{1,4}\.\d{1,4}", version):
+        raise DialectError(f"'{version[:40]}' is no version; give 0.4.3 and the like of Colossal-AI.")
+    old = re.match(r"v?0\.4\.[34]\b", version) is not None
+    why = "It decides inner rings of ring_attn alone, which 0.4.3 and 0.4.4 choose themselves."
+    ledger.note("--dialect-version", "mapped" if old else "no effect", why, value=version)
 
 
 def close(ledger: Ledger, unknown: str = "Not an option that is known here; it does not enter the plan.") -> None:

@@ -16,7 +16,7 @@ from seqloom.dialects.mindformers_train import training
 from seqloom.dialects.models import full
 from seqloom.dialects.pynative import pynative
 from seqloom.dialects.translation import MOST_RANKS, Draft, Translation, conclude
-from seqloom.errors import DialectError
+from seqloom.errors import DialectError, counted
 
 ALGORITHMS = ("colossalai_cp", "ulysses_cp", "hybrid_cp")
 _MODES = {
@@ -32,6 +32,7 @@ _MODES = {
     "semi": 1,
 }
 CONFIG = "parallel_config."
+_DEVICES = "parallel.device_num"
 
 
 def translate(
@@ -125,6 +126,10 @@ def _static(ledger: Ledger, world: int | None) -> dict[str, Any]:
     mode = _mode(ledger)
     degrees = {axis: ledger.whole(CONFIG + name, most=MOST_RANKS) for axis, name in names.items()}
     context = ledger.whole(CONFIG + "context_parallel", most=MOST_RANKS)
+    if said := ledger.whole(_DEVICES, 0):
+        why = f"The run is on {counted(world or said, 'process')}."
+        ledger.note(_DEVICES, "mapped" if world in (None, said) else "changed", why)
+        world = world or said
     if mode in (0, 3):
         return _reset(ledger, world)
     for axis, name in names.items():
@@ -135,7 +140,7 @@ def _static(ledger: Ledger, world: int | None) -> dict[str, Any]:
     product = degrees["data"] * degrees["tensor"] * context * degrees["pipeline"]
     if world is not None and world != product:
         ledger.refuse(
-            "device_num",
+            _DEVICES if _DEVICES in ledger else "device_num",
             f"device_num {world} must be data_parallel {degrees['data']} x model_parallel {degrees['tensor']} x "
             f"context_parallel {context} x pipeline_stage {degrees['pipeline']} = {product}; change one of them.",
         )

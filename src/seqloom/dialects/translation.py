@@ -160,7 +160,8 @@ def _legality(ledger: Ledger, plan: Plan, model: dict[str, Any], length: int | N
         ledger.note("model", "mapped", f"The layout is theirs; this version cannot run the model: {error}")
         return
     uneven = plan.attention_ulysses > 1 and plan.tensor_grid.heads * plan.attention_ulysses
-    if uneven and (shape.heads % uneven or shape.kv_heads % uneven):
+    said = any("do not divide evenly" in note.why for note in ledger.notes)
+    if uneven and not said and (shape.heads % uneven or shape.kv_heads % uneven):
         ledger.note(
             "heads",
             "mapped",
