@@ -129,7 +129,7 @@ def test_train_in_a_folder_that_holds_a_run(cli: Cli, config: Path) -> None:
 
 
 def test_train_on_empty_text(cli: Cli, config: Path) -> None:
-    """Catches an error of the workers that is shown once a rank, with its traceback, or leaves something in the run's folder."""
+    """Catches a worker's error shown once a rank, with its traceback, or something left in the run's folder."""
     (config.parent / "text.txt").write_text("\n")
     code, out, err = cli("train", str(config))
     assert (code, out.count("\n")) == (2, 1)  # the line that says what is going on

@@ -27,6 +27,12 @@ def test_a_layout(cli: Cli) -> None:
         assert "  --ulysses-degree-in-cp 2: context 4 / ulysses 2 = ring 2.\n" in out
 
 
+def test_a_flag_of_several_values(cli: Cli) -> None:
+    """Catches values that are shown as JSON, which nobody wrote."""
+    _, out, _ = cli("translate", "megatron", "--rampup-batch-size 8 8 100 --global-batch-size 16 --micro-batch-size 1")
+    assert "  --rampup-batch-size 8 8 100: " in out
+
+
 def test_json_holds_everything(cli: Cli) -> None:
     """Catches a field of Plan left out, and JSON that is not alone on stdout."""
     code, out, err = cli("translate", "megatron", FLAGS, "--world", "8", "--json")

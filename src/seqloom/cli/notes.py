@@ -26,8 +26,14 @@ def translation_lines(found: "Translation") -> list[str]:
 def note_lines(notes: Sequence["Note"]) -> Iterator[str]:
     """A line for each note."""
     for note in notes:
-        value = "" if note.value is None or note.value is True else f" {_short(note.value)}"
+        value = "" if note.value is None or note.value is True else f" {_short(_as_given(note))}"
         yield f"  {note.option}{value}: {note.why}"
+
+
+def _as_given(note: "Note") -> object:
+    """A flag's several values as a command line has them."""
+    flag = note.option.startswith("--") and isinstance(note.value, list | tuple)
+    return " ".join(map(str, note.value)) if flag else note.value
 
 
 def _short(value: object) -> str:
