@@ -126,9 +126,26 @@ def test_long_scripts_are_read_quickly() -> None:
         (f"run() {{{LAUNCH} --seed $1\n}}\nTP=4\nrun 3", 4),
         (f"TP=2\nrun() {{{LAUNCH}\n}}", 2),
         (f"TP=2\nwhile true; do{LAUNCH}\nbreak\ndone", 2),
+        (f"TP=2\nCMD='{LAUNCH[1:]}'\nsrun bash -c \"$CMD --rank \\$SLURM_PROCID\" 2>&1 | tee log", 2),
+        (f"TP=2\npython make_data.py --split x\ntorchrun --nproc_per_node 8 {LAUNCH[8:]}", 2),
+        (f"TP=2\necho python a.py --seed 3{LAUNCH}", 2),
     ],
 )
 def test_programs_are_started_where_the_script_starts_them(script: str, tensor: int) -> None:
     """Catches a program after the script's end, values of a function's definition instead of its call, and what a
     branch has just set held in doubt within it."""
-    assert translate("megatron", [script.replace("exec", "exec ")], world=8).plan.tensor == tensor
+    assert translate("megatron", [script.replace("execpython", "exec python")], world=8).plan.tensor == tensor
+
+
+def test_a_script_of_slurm() -> None:
+    """Catches the machines that #SBATCH names lost, and a DeepSpeed configuration whose name holds the job's number."""
+    script = """#!/bin/bash
+#SBATCH --nodes=4   # machines
+source start-me
+CONFIG=ds.$SLURM_JOB_ID.json
+cat <<EOT > $CONFIG
+{"zero_optimization": {"stage": 2}}
+EOT
+torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES a.py --deepspeed --deepspeed_config $CONFIG
+"""
+    assert str(translate("megatron", [script]).plan) == "data=32 zero=2"

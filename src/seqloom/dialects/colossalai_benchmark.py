@@ -80,6 +80,8 @@ def translate(
     close(outer)
     for name, value in line.launcher.items():
         outer.note(name, "no effect", "It is the launcher's.", value=getattr(value, "text", value))
+    for other in line.others:
+        outer.note(other, "no effect", "A program that the script starts without a launcher; its flags are not read.")
     for word in line.stray:
         outer.note(word, "no effect", "A word that belongs to no option.", value=word)
     for name, value in line.unused.items():

@@ -2,12 +2,18 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from seqloom.dialects.ledger import Unread, Verdict, as_whole
-from seqloom.dialects.shell import Launch, Script, run
+from seqloom.dialects.shell import run
+from seqloom.dialects.shell_script import Launch, Script
 from seqloom.errors import DialectError, counted
+
+_TELLING = ("echo", "printf", "cat", "ls", "cp", "mv", "rm", "mkdir", "grep", "sed", "which", "chmod", "export")
+"""Commands that take programs as words and start none."""
+
+_LAUNCHER = re.compile(r"torchrun|deepspeed|torch\.distributed|colossalai|accelerate|srun|mpirun|mpiexec|msrun")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +21,23 @@ class CommandLine:
     """What a program is started with.
 
     program: its file, or None where only flags were given. options: by name with dashes; True without a
-    value, a list with several. launcher: those of torchrun and the like. stray: words that belong to no
-    option. world: processes the launcher starts, None where that is not said. unused: variables that a
-    script sets and never reads, exported those among them that go to the environment. files: here-documents
-    that it writes. dropped: flags that a comment cuts off. repeated: names given twice, where the last counts.
+    value, a list with several. launcher: those of torchrun and the like. launched: whether such a one starts it.
+    stray: words that belong to no option. world: processes the launcher starts, None where that is not said.
+    unused: variables that a script sets and never reads, exported those among them that go to the environment.
+    files: here-documents that it writes. others: programs that it starts without a launcher, where this one has
+    one. dropped: flags that a comment cuts off. repeated: names given twice, where the last counts.
     """
 
     program: str | None
     options: dict[str, Any]
     launcher: dict[str, Any] = field(default_factory=dict)
+    launched: bool = False
     stray: tuple[str, ...] = ()
     world: int | None = None
     unused: Mapping[str, str] = field(default_factory=dict)
     exported: frozenset[str] = frozenset()
     files: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
     dropped: dict[str, Any] = field(default_factory=dict)
     repeated: tuple[str, ...] = ()
 
@@ -52,17 +61,24 @@ def from_text(text: str) -> CommandLine:
         raise DialectError(
             "The settings hold no command that starts a program with flags; give its launch script or its flags."
         )
-    if any(other.options != found[0].options for other in found[1:]):
+    launched = [one for one in found if one.launched]
+    if len(launched) < len(found) and _alike(launched):
+        return replace(launched[0], others=tuple(one.program or "" for one in found if not one.launched))
+    if not _alike(found):
         programs = ", ".join(dict.fromkeys(str(one.program) for one in found))
-        raise DialectError(
-            f"The script starts {len(found)} programs with different flags ({programs}); give the flags of one."
-        )
+        several = counted(len(found), "program")
+        raise DialectError(f"The script starts {several} with different flags ({programs}); give the flags of one.")
     return found[0]
+
+
+def _alike(found: Sequence[CommandLine]) -> bool:
+    """Whether there are programs, and all have the same flags."""
+    return bool(found) and all(one.options == found[0].options for one in found)
 
 
 def _starts(launch: Launch) -> bool:
     """Whether a command starts a Python program with flags of its own."""
-    place = _program(launch.words)
+    place = _program(launch.words) if launch.words[0] not in _TELLING else None
     return place is not None and any(map(_is_flag, launch.words[place + 1 :]))
 
 
@@ -99,6 +115,7 @@ def _command_line(launch: Launch, script: Script) -> CommandLine:
         program=program,
         options=options,
         launcher=launcher,
+        launched=any(_LAUNCHER.search(_text(word)) for word in before),
         stray=stray,
         world=_world(launcher, script),
         unused=script.unused,

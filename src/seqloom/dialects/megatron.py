@@ -228,6 +228,8 @@ def _rest(ledger: Ledger, line: CommandLine) -> None:
     ledger.close(lambda name: _unknown(name, ledger.given[name]))
     for name in line.repeated:
         ledger.note(name, "mapped", "It is given more than once; the last one counts, as there.")
+    for other in line.others:
+        ledger.note(other, "no effect", "A program that the script starts without a launcher; its flags are not read.")
     for text in line.stray:
         ledger.note(text, "no effect", "A word that belongs to no option.", value=text)
     for name, value in line.dropped.items():

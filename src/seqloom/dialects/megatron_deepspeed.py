@@ -8,7 +8,7 @@ from typing import Any
 
 from seqloom.dialects.deepspeed_schedule import optimizer, scheduler
 from seqloom.dialects.flags import CommandLine
-from seqloom.dialects.ledger import Ledger, Verdict, flatten
+from seqloom.dialects.ledger import Ledger, Unread, Verdict, flatten
 from seqloom.errors import DialectError, counted
 
 CONFIG = "--deepspeed_config"
@@ -154,7 +154,8 @@ def read_config(ledger: Ledger, line: CommandLine, folder: Path | None) -> None:
     name = CONFIG if CONFIG in ledger else "--deepspeed-config"
     if name not in ledger or not ledger.flag("--deepspeed"):
         return
-    path = ledger.get(name)
+    given = ledger.given[name]
+    path = given.text if isinstance(given, Unread) and given.text in line.files else ledger.get(name)
     text = line.files.get(path) if isinstance(path, str) else None
     if text is None and isinstance(path, str) and path:
         text = _text_of(path, folder)

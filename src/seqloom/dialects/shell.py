@@ -4,57 +4,35 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from seqloom.dialects.ledger import Unread
 from seqloom.dialects.shell_assign import assign_array, assign_word, assigned
+from seqloom.dialects.shell_builtins import TESTS, builtin
 from seqloom.dialects.shell_frames import Frames, Kind
-from seqloom.dialects.shell_scan import ENDS, braces, changed_in_loops, function_at, joined_tests, literal
+from seqloom.dialects.shell_scan import (
+    ENDS,
+    braces,
+    changed_in_loops,
+    function_at,
+    handed_to_shell,
+    joined_tests,
+    literal,
+)
+from seqloom.dialects.shell_script import SLURM, Launch, Script
 from seqloom.dialects.shell_tests import holds
-from seqloom.dialects.shell_values import MOST_CHARACTERS, State, Values, marked, unmarked, written
+from seqloom.dialects.shell_values import MOST_CHARACTERS, State, Values, marked, unmarked
 from seqloom.dialects.shell_words import Token, tokens
 from seqloom.errors import DialectError
 
+MOST_SHELLS = 20
+"""How deep shells and functions may start each other."""
+
 MOST_CALLED = 100_000
 """How many tokens of functions are followed, the calls of one times those of its body."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A command of the script: its words after expansion, those not known here as Unread, and its line."""
-
-    words: tuple[str | Unread, ...]
-    line: int
-
-
-@dataclass
-class Script:
-    """A script as far as it was followed.
-
-    launches: commands that start a program, in order. files: here-documents it writes, by name.
-    exported: variables handed to the environment.
-    """
-
-    variables: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    launches: list[Launch] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
-    exported: set[str] = field(default_factory=set)
-
-    @property
-    def unused(self) -> dict[str, str]:
-        """Variables that are set and never read, with their values."""
-        return {
-            name: unmarked(" ".join(words))
-            for name, words in self.variables.items()
-            if name not in self.used and name.split("[")[0] not in self.used
-        }
 
 
 _CLOSING: dict[str | None, Kind] = {"done": "loop", "esac": "case", "}": "group", "fi": "if"}
 _LOOPS = {"for", "while", "until", "select"}
 _DECLARING = {"export", "declare", "local", "readonly", "typeset"}
 _KEYWORDS = {"if", "elif", "else", "then", "do", "!", "time", "case", "{", *_LOOPS, *_CLOSING}
-_READING = {"read", "mapfile", "readarray", "getopts", "unset"}
-_HARMLESS = re.compile(r"conda|set_env|setvars|activate|bashrc|profile|\.asc|ssh-agent|modulecmd")
 
 
 def run(text: str) -> Script:
@@ -67,6 +45,8 @@ def run(text: str) -> Script:
     if len(text) > MOST_CHARACTERS:
         raise DialectError(f"The script has {len(text):,} characters; the most that are read is {MOST_CHARACTERS:,}.")
     values = Values()
+    if nodes := re.search(r"^#SBATCH\s+(?:--nodes[= ]|-N\s*)(\d+)\s*(?:#.*)?$", text, re.MULTILINE):
+        values.variables |= {name: (nodes[1],) for name in SLURM}
     found = joined_tests(tokens(re.sub("[\ue000\ue001\x00]", "", text)))
     follower = _Follower(Script(values.variables, used=values.used), values, changed_in_loops(found))
     follower.follow(found)
@@ -268,7 +248,7 @@ class _Follower:
         """Follow a function's body where it is called."""
         self.called.append(name)
         body = self.functions[name]
-        if len(self.locals) > 20 or len(self.called) * len(body) > MOST_CALLED:
+        if len(self.locals) > MOST_SHELLS or len(self.called) * len(body) > MOST_CALLED:
             raise DialectError(f"The script's function {name} calls too much; give the program's flags.")
         gate, after, depth = self.gate, self.after, len(self.frames.stack)
         self.open("group", gate)
@@ -281,6 +261,20 @@ class _Follower:
         self.follow(body)
         for each, state in self.locals.pop().items():
             self.values.put(each, state)
+        while len(self.frames.stack) > depth:
+            self.frames.close()
+        self.after, self.status = after, None
+
+    def inner_shell(self, text: str) -> None:
+        """Follow what `bash -c` is given, in a shell of its own."""
+        if len(self.locals) > MOST_SHELLS or len(text) > MOST_CHARACTERS:
+            raise DialectError("The script starts shells within shells; give the program's flags.")
+        after, depth = self.after, len(self.frames.stack)
+        self.open("subshell", self.gate)
+        self.locals.append({})
+        self.after = ""
+        self.follow(joined_tests(tokens(text)))
+        self.locals.pop()
         while len(self.frames.stack) > depth:
             self.frames.close()
         self.after, self.status = after, None
@@ -355,43 +349,22 @@ class _Follower:
         if words[0] in self.functions:
             self.call(words[0], words[1:])
             return None
+        if (text := handed_to_shell(words)) is not None:
+            self.inner_shell(text)
+            return None
         self.script.launches.append(Launch(tuple(self.values.certain(word) for word in words), line))
         if words[0] in ("exit", "exec") and (words[0] == "exit" or len(words) > 1):
             self.leave()
-        return self.builtin(words)
-
-    def builtin(self, words: Sequence[str]) -> bool | None:
-        """Follow what a command does to variables; whether it succeeds, None where that is not known."""
-        name, rest = words[0], words[1:]
-        if name in ("true", ":", "echo", "set", "shift", "trap", "exit", "false"):
-            moved = [each for each in self.values.variables if each == "@" or each.isdecimal()]
-            for variable in written(" ".join(rest)) if name == "trap" else moved if name in ("shift", "set") else ():
-                self.values.cast_doubt(variable, f"{variable} may be changed by `{name}`, which is not followed")
-            return name != "false"
-        if name in ("[", "[[", "test"):
+        if words[0] in TESTS:
             empty = [
                 "" if test in ("-z", "-n") and self.values.unset(word) else word
                 for test, word in zip(["", *words], words, strict=False)
             ]
             self.assumed = empty != list(words)
             return holds(empty)
-        if name == "let":
-            return [self.values.arithmetic(word) for word in rest][-1] if rest else None
-        if name in _READING or name == "printf":
-            told = rest[1:2] if name == "printf" and rest[:1] == ["-v"] else [] if name == "printf" else rest
-            for word in told:
-                if re.fullmatch(r"[A-Za-z_]\w*", word) and (name != "unset" or word in self.values.variables):
-                    self.values.cast_doubt(word, f"{word} is set by `{name}`, which is not run")
-        elif name in ("source", ".", "eval") and not _HARMLESS.search(text := " ".join(words)):
-            why = f"`{' '.join(unmarked(text).split())[:40]}` may have set it, and it is not run"
-            names = set(written(text))
-            plain = name == "eval" and not marked(text)
-            self.values.sourced = self.values.sourced if plain else why
-            for variable in sorted(names) if plain else sorted(names | set(self.values.variables)):
-                self.values.cast_doubt(variable, f"{variable}: {why}")
-        return None
+        return builtin(self.values, words)
 
     def here_document(self, token: Token) -> None:
         """Keep the body of a here-document under the name of the file it is written to."""
         if self.target is not None:
-            self.script.files[self.target] = unmarked("".join(self.values.expand(token.word, split=False)))
+            self.script.files[unmarked(self.target)] = unmarked("".join(self.values.expand(token.word, split=False)))

@@ -107,5 +107,13 @@ def function_at(found: Sequence[Token], at: int, closed: Mapping[int, int]) -> F
     return Function(name, place + 1, closed[place]) if place in closed else None
 
 
+def handed_to_shell(words: Sequence[str]) -> str | None:
+    """What a command hands to a shell to run, as `srun bash -c TEXT`; None where it hands nothing."""
+    for place, word in enumerate(words[:-2]):
+        if re.fullmatch(r"(.*/)?(ba|z|da)?sh", word) and re.fullmatch(r"-[a-z]*c", words[place + 1]):
+            return words[place + 2]
+    return None
+
+
 def _is(found: Sequence[Token], place: int, operator: str) -> bool:
     return place < len(found) and found[place].kind == "operator" and found[place].text == operator

@@ -1,0 +1,37 @@
+"""What commands of the shell itself do to variables."""
+
+import re
+from collections.abc import Sequence
+
+from seqloom.dialects.shell_script import SLURM
+from seqloom.dialects.shell_values import Values, marked, unmarked, written
+
+TESTS = ("[", "[[", "test")
+
+_READING = {"read", "mapfile", "readarray", "getopts", "unset"}
+_HARMLESS = re.compile(r"conda|set_env|setvars|activate|bashrc|profile|\.asc|ssh-agent|modulecmd")
+
+
+def builtin(values: Values, words: Sequence[str]) -> bool | None:
+    """Follow what a command does to variables; whether it succeeds, None where that is not known."""
+    name, rest = words[0], words[1:]
+    if name in ("true", ":", "echo", "set", "shift", "trap", "exit", "false"):
+        moved = [each for each in values.variables if each == "@" or each.isdecimal()]
+        for variable in written(" ".join(rest)) if name == "trap" else moved if name in ("shift", "set") else ():
+            values.cast_doubt(variable, f"{variable} may be changed by `{name}`, which is not followed")
+        return name != "false"
+    if name == "let":
+        return [values.arithmetic(word) for word in rest][-1] if rest else None
+    if name in _READING or name == "printf":
+        told = rest[1:2] if name == "printf" and rest[:1] == ["-v"] else [] if name == "printf" else rest
+        for word in told:
+            if re.fullmatch(r"[A-Za-z_]\w*", word) and (name != "unset" or word in values.variables):
+                values.cast_doubt(word, f"{word} is set by `{name}`, which is not run")
+    elif name in ("source", ".", "eval") and not _HARMLESS.search(text := " ".join(words)):
+        why = f"`{' '.join(unmarked(text).split())[:40]}` may have set it, and it is not run"
+        names = set(written(text))
+        plain = name == "eval" and not marked(text)
+        values.sourced = values.sourced if plain else why
+        for variable in sorted(names) if plain else sorted(names | set(values.variables).difference(SLURM)):
+            values.cast_doubt(variable, f"{variable}: {why}")
+    return None
