@@ -6,7 +6,7 @@ GPUS=8
 MODEL_ARGS=(
     --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
     --group-query-attention --num-query-groups 8
-    --swiglu --normalization RMSNorm --position-embedding-type rope --rotary-base 500000
+    --swiglu --normalization RMSNorm --disable-bias-linear --position-embedding-type rope --rotary-base 500000
     --untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0
     --seq-length 8192 --max-position-embeddings 8192
 )

@@ -25,6 +25,12 @@ def deepspeed(config: dict[str, object], flags: str = "") -> str:
 @pytest.mark.parametrize(
     ("flags", "world", "says"),
     [
+        ("--model-parallel-size 4", 4, "write --tensor-model-parallel-size"),
+        (
+            "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 1",
+            4,
+            "cannot be dealt evenly to 3",
+        ),
         ("--bf16 --fp16", 1, "bf16 and fp16 are both switched on"),
         ("--yaml-cfg foo.yaml", 1, "--yaml-cfg replaces the arguments"),
         ("--tensor_model_parallel_size 2", 2, "did you mean '--tensor-model-parallel-size'?"),
@@ -219,3 +225,31 @@ def test_machines_that_a_file_names() -> None:
         notes["world"].verdict == "changed"
         and read("torchrun --nproc_per_node 8 a.py --bf16")[1]["world"].verdict == "mapped"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "plan"),
+    [
+        (
+            "--pipeline-model-parallel-size 4 --num-layers 9 --decoder-first-pipeline-num-layers 2 "
+            "--decoder-last-pipeline-num-layers 1",
+            4,
+            "pipeline=4 stages=2-3-3-1",
+        ),
+        ("--moe-expert-parallel-size 4 --num-experts 8", 4, "data=4 expert=4"),
+    ],
+)
+def test_other_ways_to_say_stages_and_experts(flags: str, world: int, plan: str) -> None:
+    """Catches stages of another number of layers, and Megatron-DeepSpeed's experts on one rank."""
+    assert str(read(flags, world)[0].plan) == plan
+
+
+def test_layers_that_are_not_those_of_the_family() -> None:
+    """Catches a model with other norms, gates and biases than the flags build, without a word."""
+    sizes = "--hidden-size 64 --num-layers 2 --num-attention-heads 4 --position-embedding-type rope"
+    notes = read(f"{sizes} --num-key-value-heads 2", 1)[1]
+    names = ("--normalization", "--swiglu", "--disable-bias-linear")
+    assert {notes[name].verdict for name in names} == {"changed"} and notes["--num-key-value-heads"].verdict == "mapped"
+    full = f"{sizes} --normalization RMSNorm --swiglu --disable-bias-linear"
+    assert all(read(full, 1)[1][name].verdict != "changed" for name in names)
+    assert "--normalization" not in read(f"python pretrain_llama.py {sizes}", 1)[1]

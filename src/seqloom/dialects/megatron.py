@@ -159,7 +159,7 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
             f"--no-pipeline-parallel stands beside --pipeline-model-parallel-size {pipeline}; leave one of them out.",
         )
     if pipeline == 1:
-        ledger.no_effect("There is one pipeline rank.", per, several, "--num-layer-list")
+        ledger.no_effect("There is one pipeline rank.", per, several, "--num-layer-list", *_ENDS)
         return {}
     chunks = ledger.whole(several)
     if per in ledger:
@@ -174,6 +174,7 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
         chunks = layers // (pipeline * each)
     found: dict[str, Any] = {"schedule": "interleaved", "chunks": chunks} if chunks > 1 else {}
     ledger.mapped(f"{counted(chunks, 'stage')} on each pipeline rank.", per, several)
+    found |= _ends(ledger, pipeline) if chunks == 1 else {}
     listed = ledger.get("--num-layer-list")
     if listed is not None:
         counts, layers = [as_whole(each) for each in str(listed).split(",")], ledger.whole("--num-layers", 0)
@@ -188,17 +189,47 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
     return found
 
 
+_DEEPSPEED_EXPERTS = "--moe-expert-parallel-size"
+
+
+_ENDS = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
+
+
+def _ends(ledger: Ledger, pipeline: int) -> dict[str, Any]:
+    """The stages where the first and the last have layers of their own number."""
+    given, layers = {name: ledger.whole(name) for name in _ENDS if name in ledger}, ledger.whole("--num-layers", 0)
+    between = pipeline - len(given)
+    if not given or not layers or between < 1 or pipeline > layers:
+        return {}
+    each, left = divmod(layers - sum(given.values()), between)
+    if left or each < 1:
+        ledger.refuse(
+            _ENDS[0] if _ENDS[0] in given else _ENDS[1],
+            f"{layers} layers without the {sum(given.values())} of the ends cannot be dealt evenly to {between} "
+            "pipeline ranks; give another number.",
+        )
+        return {}
+    counts = [given.get(_ENDS[0], each), *[each] * (pipeline - 2), given.get(_ENDS[1], each)]
+    stages = "-".join(map(str, counts))
+    ledger.mapped(f"stages={stages}.", *_ENDS)
+    return {"stages": stages}
+
+
 def _experts(ledger: Ledger, tensor: int, ranks: int, pipeline: int) -> dict[str, Any]:
     """Experts, dealt to ranks of data x context x tensor."""
-    expert = ledger.whole("--expert-model-parallel-size")
-    split = ledger.whole("--expert-tensor-parallel-size", tensor)
-    ledger.mapped(f"expert={expert}, taken from data x context x tensor.", "--expert-model-parallel-size")
+    name, split = "--expert-model-parallel-size", ledger.whole("--expert-tensor-parallel-size", tensor)
+    if name not in ledger and _DEEPSPEED_EXPERTS in ledger:
+        name = _DEEPSPEED_EXPERTS
+        split = tensor if ledger.flag("--enable-expert-tensor-parallelism") else 1
+        ledger.mapped(f"expert_tensor={split}.", "--enable-expert-tensor-parallelism")
+    expert = ledger.whole(name)
+    ledger.mapped(f"expert={expert}, taken from data x context x tensor.", name)
     ledger.mapped(f"expert_tensor={split}.", "--expert-tensor-parallel-size")
     if expert == 1 and not ledger.whole("--num-experts", 0, least=0):
         return {}
     if ranks % (expert * split):
         ledger.refuse(
-            "--expert-model-parallel-size",
+            name,
             f"{counted(ranks * pipeline, 'process')} / pipeline {pipeline} = {ranks} is no multiple of expert "
             f"{expert} x expert tensor {split}.",
         )
@@ -220,6 +251,9 @@ def _rest(ledger: Ledger, line: CommandLine) -> None:
         "It is off.", *(name for name in ("--sequence-parallel", "--tp-comm-overlap") if not ledger.flag(name))
     )
     ledger.no_effect("Nothing else that is given makes it count.", *(name for name in LAYOUT if not ledger.noted(name)))
+    for name, other in _NO_LONGER.items():
+        if name in ledger:
+            ledger.refuse(name, f"{name} is no longer an option of theirs; write {other}.")
     for name in [name for name in ledger.given if not ledger.noted(name) and untouched(name) is None]:
         plain = name.replace("_", "-")
         cut_short = [one for one in LAYOUT if len(plain) > 8 and one.startswith(plain)]
@@ -248,6 +282,11 @@ def _rest(ledger: Ledger, line: CommandLine) -> None:
         ledger.note(name, "no effect", why, value=value)
 
 
+_NO_LONGER = {
+    "--model-parallel-size": "--tensor-model-parallel-size",
+    "--batch-size": "--micro-batch-size",
+    "--warmup": "--lr-warmup-fraction",
+}
 _OFF = {
     "--deepspeed": "Off.",
     "--use-flash-attn": "Off there; seqloom's attention never builds the matrix of scores either way.",

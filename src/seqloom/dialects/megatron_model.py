@@ -37,8 +37,12 @@ def model_of(ledger: Ledger, title: str, length: int | None) -> dict[str, Any] |
     sizes["num_hidden_layers"] -= _idle(ledger, sizes["num_hidden_layers"])
     if "--group-query-attention" in ledger and "--num-query-groups" in ledger:
         sizes["num_key_value_heads"] = ledger.whole("--num-query-groups")
-    ledger.mapped("It enters `model`.", *_SIZES, "--num-query-groups", "--group-query-attention")
+    elif "--num-key-value-heads" in ledger:  # Megatron-DeepSpeed's name for them
+        sizes["num_key_value_heads"] = ledger.whole("--num-key-value-heads")
+    names = ("--num-query-groups", "--group-query-attention", "--num-key-value-heads")
+    ledger.mapped("It enters `model`.", *_SIZES, *names)
     kind = _family(ledger, title)
+    _unlike(ledger, kind, title)
     ledger.mapped(f"It names the family, {kind}.", *_FEATURES)
     like = {key: value for key, value in sizes.items() if key != "head_dim"}
     if named and named[1]["model_type"] in (kind, "qwen2", "qwen3") and _agrees(named[1], like):
@@ -96,12 +100,35 @@ def _family(ledger: Ledger, title: str) -> str:
         return ("deepseek_v3" if newer else "deepseek_v2") if latent else "mixtral"
     if position == "alibi":
         return "bloom"
-    if rotary or ledger.flag("--swiglu") or ledger.get("--normalization") == "RMSNorm":
+    if rotary or ledger.flag("--swiglu") or _normalization(ledger) == "rmsnorm":
         if ledger.flag("--add-qkv-bias") or ledger.flag("--qkv-bias"):
             return "qwen2"
         return "qwen3" if ledger.flag("--qk-layernorm") else "llama"
     named = {"bloom": "bloom", "llama": "llama", "qwen": "qwen2"}
     return next((family for word, family in named.items() if word in title.lower()), "gpt2")
+
+
+def _normalization(ledger: Ledger) -> str:
+    return str(ledger.get("--normalization", "LayerNorm")).lower()
+
+
+def _unlike(ledger: Ledger, kind: str, title: str) -> None:
+    """Tell of layers that are not those of the family, where the program builds them by its flags."""
+    program = title.rpartition(" ")[2]
+    if program and "gpt" not in program:
+        return  # a program of one family, such as pretrain_llama.py
+    biased = not ledger.flag("--disable-bias-linear")
+    if kind in ("gpt2", "bloom"):
+        if not biased:
+            ledger.changed(f"{kind} has biases in its linears.", "--disable-bias-linear")
+        return
+    if _normalization(ledger) != "rmsnorm":
+        said = "" if "--normalization" in ledger else "Not said: "
+        ledger.note("--normalization", "changed", f"{said}LayerNorm there; {kind} has RMSNorm.")
+    if not ledger.flag("--swiglu"):
+        ledger.note("--swiglu", "changed", f"Not on: no gate in the MLP there; {kind} has one.")
+    if biased:
+        ledger.note("--disable-bias-linear", "changed", f"Not on: biases in all linears there, not in {kind}.")
 
 
 def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length: int | None) -> dict[str, Any]:

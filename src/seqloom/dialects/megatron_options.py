@@ -169,6 +169,11 @@ BY_NAME: dict[str, tuple[Verdict, str]] = {
     "--distributed-backend": ("no effect", "The backend follows the device: NCCL on GPUs, gloo on CPU."),
     "--deepspeed": ("mapped", "ZeRO stages are seqloom's own (zero=); DeepSpeed itself is not used."),
     "--use-flash-attn": ("mapped", "seqloom's attention never builds the matrix of scores; this is always so."),
+    **{
+        name: ("mapped", "seqloom's attention never builds the matrix of scores; this is always so.")
+        for name in ("--use-flash-attn-v1", "--use-flash-attn-v2", "--use-flash-attn-triton")
+    },
+    "--force-ds-sequence-parallel": ("mapped", "--ds-sequence-parallel-size says it."),
     "--no-pipeline-parallel": (
         "mapped",
         "pipeline=1; in Megatron-DeepSpeed it chooses the model class without a pipeline.",
