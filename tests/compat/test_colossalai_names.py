@@ -1,6 +1,9 @@
 """What programs for Colossal-AI ask beside the model: groups, coordinators, schedulers and loss scales."""
 
+import logging
+import logging.handlers
 from math import cos, pi
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +25,7 @@ from seqloom.compat.colossalai.context import ParallelMode
 from seqloom.compat.colossalai.core import global_context as gpc
 from seqloom.compat.colossalai.nn.lr_scheduler import CosineAnnealingWarmupLR, LinearWarmupLR
 from seqloom.compat.colossalai.nn.optimizer import HybridAdam
-from seqloom.compat.colossalai.state import PROCESS
+from seqloom.compat.colossalai.state import LOGGER, PROCESS
 from seqloom.errors import ConfigError
 
 
@@ -111,6 +114,69 @@ def test_ddp_hears_the_boosters_precision(pool: Pool) -> None:
     [(ddp, zero, refusal)] = pool.run(1, mixed)
     assert (ddp, zero) == ("bf16", "fp16")
     assert "'fp8'" in refusal
+
+
+def configured(file: str | None) -> tuple[int, int, str]:
+    """What a program reads of its CONFIG, and what it is told of the rest."""
+    heard = logging.handlers.BufferingHandler(100)
+    LOGGER.addHandler(heard)
+    given: Any = {"parallel": {"tensor": {"size": 1}}, "BATCH_SIZE": 4, "fp16": {"mode": "naive"}}
+    colossalai.launch_from_torch(config=file or given)
+    found = gpc.config.BATCH_SIZE, gpc.config.parallel.tensor.size
+    with pytest.raises(AttributeError, match="says no 'EPOCHS'"):
+        _ = gpc.config.EPOCHS
+    PROCESS.leave()
+    LOGGER.removeHandler(heard)
+    return *found, " ".join(one.getMessage() for one in heard.buffer if one.levelno == logging.WARNING)
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_program_reads_its_config(pool: Pool, tmp_path: Path, from_file: bool) -> None:
+    """Catches values of a CONFIG that a program reads by name and does not find, and a section for
+    colossalai.initialize that is told as if it were in force."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "BATCH_SIZE = 2 * 2\nEPOCHS = len('x')\nparallel = dict(tensor=dict(size=1))\nfp16 = dict(mode=1)\n"
+    )
+    [(batch, size, told)] = pool.run(1, configured, str(file) if from_file else None)
+    assert (batch, size) == (4, 1)
+    assert "fp16.mode: no effect. colossalai.initialize" in told and "BATCH_SIZE" not in told
+
+
+def stepped_wrongly() -> list[str]:
+    colossalai.launch_from_torch()
+    booster, said = Booster(plugin=HybridParallelPlugin(1, 1, precision="fp32")), []
+    model, optimizer, *_ = booster.boost(fresh := tiny(), HybridAdam(groups(fresh)))
+    ids = Rows(2).ids
+
+    def refused(call: Any, *args: Any) -> None:
+        with pytest.raises((ConfigError, AttributeError)) as caught:
+            call(*args)
+        said.append(str(caught.value))
+
+    model(ids, labels=ids).loss.backward()
+    refused(optimizer.step)
+    optimizer.zero_grad()
+    booster.backward(model(ids, labels=ids).loss, optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    refused(optimizer.step)
+    model.zero_grad()
+    booster.backward(model(ids, labels=ids).loss, optimizer)
+    optimizer.step()
+    model.zero_grad()
+    booster.backward(model(ids, labels=ids).loss, optimizer)
+    refused(getattr, optimizer, "clip_grad_by_norm")
+    refused(getattr, booster, "enable_lora")
+    PROCESS.leave()
+    return said
+
+
+def test_shares_of_gradients_are_not_stepped_as_if_they_were_whole(pool: Pool) -> None:
+    """Catches a clip by hand of each rank's share, which would step something else on every plan, a loss whose scale
+    was left out, and gradients cleared by the model that are still refused."""
+    found = pool.run(2, stepped_wrongly)[0]
+    wanted = ["in place of loss.backward()", "max_norm", "save_optimizer", "no 'enable_lora'"]
+    assert [(word, said) for word, said in zip(wanted, found, strict=True) if word not in said] == []
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 3])

@@ -84,6 +84,14 @@ def test_what_changes_numbers_is_said() -> None:
     assert translate("colossalai", [zero], world=2).plan == Plan(data=2, zero=3, offload=True)
 
 
+def test_another_norm_than_the_2_norm() -> None:
+    """Catches gradients clipped by another norm than was asked for, and an option that keeps weights lower."""
+    assert "clipped by their 2-norm" in refusal("colossalai", "GeminiPlugin(max_norm=1.0, norm_type=1.0)", 2)
+    assert "clipped by their 2-norm" in refusal("colossalai", "LowLevelZeroPlugin(max_norm=1.0, norm_type='inf')", 2)
+    said = verdicts("GeminiPlugin(max_norm=1.0, norm_type=2.0, master_weights=False)", 2)
+    assert (said["norm_type"], said["master_weights"]) == ({"mapped"}, {"changed"})
+
+
 def test_a_training_program() -> None:
     """Catches a batch without its accumulation, recomputation and rate lost, and LoRA that fails there beside TP."""
     line = "train_sft.py --plugin zero2 --batch_size 4 --accumulation_steps 4 --use_grad_checkpoint --lr 1e-5"

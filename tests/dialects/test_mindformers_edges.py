@@ -107,7 +107,14 @@ def test_one_option_is_told_one_thing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hidden"), [("qwen2_5_72b", 8192), ("llama3_1_8b", 4096), ("deepseek3_671b", 7168), ("qwen2_5_0_5b", 896)]
+    ("name", "hidden"),
+    [
+        ("qwen2_5_72b", 8192),
+        ("llama3_1_8b", 4096),
+        ("deepseek3_671b", 7168),
+        ("qwen2_5_0_5b", 896),
+        ("qwen2_0_5b", 896),
+    ],
 )
 def test_names_without_dots(name: str, hidden: int) -> None:
     """Catches a known model that is not found where its version is written with underscores."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqloom.dialects.colossalai_plugin import data_degree, first_scale
+from seqloom.dialects.colossalai_plugin import clipping, data_degree, first_scale
 from seqloom.dialects.ledger import Ledger
 from seqloom.dialects.translation import OURS, Draft
 
@@ -30,7 +30,6 @@ def gemini(ledger: Ledger, world: int | None) -> Draft:
     ledger.mapped(f"zero_replicas={replicas}.", "extra_dp_size")
     precision = ledger.word("precision", ("fp16", "bf16", "fp32"), "fp16") or "fp16"
     ledger.mapped("train.precision.", "precision")
-    clip = ledger.number("max_norm", 0.0)
     train = {
         "sequence_length": None,
         "micro_batch": None,
@@ -39,7 +38,7 @@ def gemini(ledger: Ledger, world: int | None) -> Draft:
         "ramp_up": None,
         "recompute": "none",
         "precision": "float32" if precision == "fp32" else precision,
-        "schedule": ({"clip": clip} if clip else {}) | first_scale(ledger, precision),
+        "schedule": clipping(ledger) | first_scale(ledger, precision),
     }
     peculiar = "shares of ZeRO spread over ranks that are extra_dp_size apart" if replicas > 1 else None
     return Draft(fields, None, train, OURS, peculiar)

@@ -195,6 +195,8 @@ def _off_or(name: str, value: object, unknown: str) -> tuple[Verdict, str]:
         return "no effect", f"Off there; {BY_NAME[name][1]}"
     if name == "enable_all_optimization" and not value:
         return "no effect", "Off."
+    if name == "master_weights" and value is False:
+        return "changed", "Weights are kept and stepped in float32 here, whatever they are computed in."
     if name in BY_NAME or name in _REASONS or name in HYBRID or name in GEMINI or name in MOE:
         return untouched(name)
     return "changed", unknown

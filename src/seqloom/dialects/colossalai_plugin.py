@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from seqloom.dialects.context import axes
-from seqloom.dialects.ledger import Ledger
+from seqloom.dialects.ledger import Ledger, shown
 from seqloom.dialects.translation import Draft
 from seqloom.errors import counted
 
@@ -232,7 +232,6 @@ def _train(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
             "num_microbatches wins." if accumulate else "Rows of a micro-batch.",
             ("microbatch_size",),
         )
-    clip = ledger.number("max_norm", 0.0)
     precision = ledger.word("precision", ("fp16", "bf16", "fp32"), "fp16") or "fp16"
     ledger.mapped("train.precision.", "precision")
     if "precision" not in ledger:
@@ -245,8 +244,23 @@ def _train(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
         "ramp_up": None,
         "recompute": "none",
         "precision": "float32" if precision == "fp32" else precision,
-        "schedule": ({"clip": clip} if clip else {}) | first_scale(ledger, precision),
+        "schedule": clipping(ledger) | first_scale(ledger, precision),
     }
+
+
+def clipping(ledger: Ledger) -> dict[str, float]:
+    """The largest norm of all gradients, where there is one; norm_type is an argument of some plugins."""
+    clip = ledger.number("max_norm", 0.0)
+    if not clip:
+        ledger.no_effect("Nothing is clipped.", "norm_type")
+        return {}
+    if ledger.get("norm_type", 2) != 2:
+        why = (
+            f"norm_type is {shown(ledger.given['norm_type'])}, and gradients are clipped by their 2-norm; leave it out."
+        )
+        ledger.refuse("norm_type", why)
+    ledger.mapped("The norm of gradients is the 2-norm.", "norm_type")
+    return {"clip": clip}
 
 
 def first_scale(ledger: Ledger, precision: str) -> dict[str, float]:

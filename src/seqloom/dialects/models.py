@@ -236,7 +236,7 @@ def _config(base: Mapping[str, Any], sizes: tuple[int, ...]) -> dict[str, Any]:
 
 def _dotted(text: str) -> str:
     """A name whose version and size are written without dots, with them: qwen2_5_0_5b is qwen2.5_0.5b."""
-    text = re.sub(r"(?<=[a-z]\d)[_-](?=\d[_-])", ".", text)
+    text = re.sub(r"(?<=[a-z]\d)[_-](?=[1-9][_-])", ".", text)
     return re.sub(r"(?<=[_-]0)[_-](?=\d+b)", ".", text)
 
 

@@ -1,12 +1,9 @@
 """`colossalai.core`: the place of this process among the others, as the CONFIG arranges them."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import distributed
 
 from seqloom.compat.colossalai.context import ParallelMode
-from seqloom.compat.colossalai.state import PROCESS
+from seqloom.compat.colossalai.state import PROCESS, Config
 from seqloom.errors import ConfigError
 from seqloom.fabric import Axis
 
@@ -38,8 +35,8 @@ class _GlobalContext:
     """What their `ParallelContext` is asked for, read from the fabric of the CONFIG."""
 
     @property
-    def config(self) -> Mapping[str, Any]:
-        """The CONFIG that `launch` was given, empty without one."""
+    def config(self) -> Config:
+        """The CONFIG that `launch` was given, its plain values as keys and as attributes; empty without one."""
         return PROCESS.config
 
     def get_global_rank(self) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import distributed
 from transformers import set_seed
 
-from seqloom.compat.colossalai.state import LOGGER, PROCESS, tell
+from seqloom.compat.colossalai.state import LOGGER, PROCESS, Config, tell
+from seqloom.dialects import Note
 from seqloom.dialects.colossalai import translate_config
+from seqloom.dialects.ledger import Unread
+from seqloom.dialects.literals import Source
 from seqloom.errors import ConfigError
 from seqloom.fabric import Fabric
 
@@ -87,8 +91,12 @@ def _meet(given: Mapping[str, str | int | None], port: int | None) -> None:
         os.environ.setdefault("LOCAL_RANK", str(int(named["RANK"]) % max(1, torch.cuda.device_count())))
 
 
+_INITIALIZED = ("fp16", "zero", "clip_grad_norm", "gradient_accumulation", "gradient_handler", "model", "amp")
+"""Sections that `colossalai.initialize` acts on there, which is not here."""
+
+
 def _arrange(config: Mapping[str, Any] | str | Path) -> None:
-    """Make the groups of a CONFIG."""
+    """Make the groups of a CONFIG, and keep it for the program."""
     if isinstance(config, str | Path):
         try:
             config = Path(config).read_text(encoding="utf-8")
@@ -96,10 +104,9 @@ def _arrange(config: Mapping[str, Any] | str | Path) -> None:
             raise ConfigError(
                 f"The configuration {config} cannot be read ({error}); give the path of a file."
             ) from error
-    else:
-        PROCESS.config = config
     found = translate_config(config, world=distributed.get_world_size())
-    tell(found.notes, distributed.get_rank())
+    PROCESS.config = _plain(config) if isinstance(config, str) else Config(config)
+    tell((_for_a_program(note) for note in found.notes), distributed.get_rank())
     if found.plan.pipeline > 1 or (found.plan.attention_ring > 1 and found.plan.tensor == 1):
         raise ConfigError(
             f"The CONFIG means '{found.plan}', but the layers of compat.colossalai.nn are split by tensor parallelism "
@@ -107,3 +114,21 @@ def _arrange(config: Mapping[str, Any] | str | Path) -> None:
         )
     PROCESS.fabric = Fabric.build(found.plan)
     PROCESS.alone = PROCESS.fabric.alone()
+
+
+def _plain(text: str) -> Config:
+    """The names of a file that stand for plain values."""
+    source = Source.read(text)
+    named = {name: source.value(node) for name, node in source.assignments() if name not in source.changed}
+    return Config({name: value for name, value in named.items() if not isinstance(value, Unread)})
+
+
+def _for_a_program(note: Note) -> Note:
+    """A note as it is for a program with a loop of its own, which reads what is not about groups by itself."""
+    section = note.option.partition(".")[0]
+    if section in _INITIALIZED:
+        why = "colossalai.initialize does it there, and is not here; do it in the program's loop."
+        return replace(note, verdict="no effect", why=why)
+    if section in PROCESS.config and section != "parallel":
+        return replace(note, verdict="mapped", why="The program finds it in global_context.config.")
+    return note

@@ -3,7 +3,7 @@
 import atexit
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,6 +18,18 @@ from seqloom.fabric.launch import distributed
 LOGGER = logging.getLogger("seqloom.compat.colossalai")
 
 
+class Config(dict[str, Any]):
+    """A CONFIG, whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of a key, a dict as one of these."""
+        try:
+            found = self[name]
+        except KeyError:
+            raise AttributeError(f"The CONFIG says no '{name}', or not as a plain value.") from None
+        return Config(found) if isinstance(found, dict) else found
+
+
 @dataclass
 class Process:
     """The state of this process.
@@ -29,7 +41,7 @@ class Process:
     """
 
     launched: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=Config)
     fabric: Fabric | None = None
     alone: ProcessGroup | None = None
     seed: int = 1024

@@ -103,7 +103,7 @@ class Booster:
             scale=optimizer.scale.value if optimizer is not None else 1.0,
         )
         if optimizer is not None:
-            optimizer.loss = loss.item()
+            optimizer.end(loss)
         return {"loss": loss if return_loss else None, "outputs": None}
 
     def _micro_batches(self, rows: int) -> int:
@@ -191,6 +191,11 @@ class Booster:
     def load_lr_scheduler(self, lr_scheduler: Any, checkpoint: str | Path) -> None:
         """What `save_lr_scheduler` saved; the rate itself comes with the optimizer. Raises CheckpointError."""
         lr_scheduler.load_state_dict(load_plain(Path(checkpoint)))
+
+    def __getattr__(self, name: str) -> object:
+        """Say which methods there are."""
+        there = ", ".join(one for one in vars(Booster) if not one.startswith("_"))
+        raise AttributeError(f"seqloom's Booster has no '{name}'; it has {there} (docs/compat.md).")
 
 
 def _refuse(name: str, **given: object) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from seqloom.compat.colossalai.booster.model import BoostedModel
 from seqloom.errors import ConfigError
-from seqloom.model import clear_gradients, pieces, sum_gradients
+from seqloom.model import at_rest, clear_gradients, pieces, sum_gradients
 from seqloom.tensor import local
 from seqloom.train import PlannedAdamW, StepReport, apply_gradients
 from seqloom.train.optimizer import shares
@@ -27,6 +27,7 @@ class BoostedOptimizer:
         self.optim, self.model, self.clip = optim, model, schedule.get("clip")
         self.scale = LossScale(schedule.get("initial_loss_scale", 2.0**16) if model.precision == "fp16" else 1.0)
         self.loss, self.stepped = 0.0, False
+        self.left: list[tuple[int, int]] | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -43,24 +44,42 @@ class BoostedOptimizer:
         Raises ConfigError after a step without zero_grad, whose gradients are sums already.
         """
         self.begin()
-        self.loss = float(loss.detach())
         (loss * self.scale.value if self.scale.value != 1 else loss).backward()
+        self.end(loss)
 
     def begin(self) -> None:
         """Refuse a backward pass on top of gradients that were summed over ranks already."""
-        if self.stepped:
+        if self.stepped and self._gradients():
             raise ConfigError("Gradients of the last step are still there; call optimizer.zero_grad() after each step.")
+        self.stepped = False
+
+    def end(self, loss: Tensor) -> None:
+        """Remember the loss of a backward pass, and which gradients it left."""
+        self.loss, self.left = float(loss.detach()), self._gradients()
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """Where each gradient lies, and how often it was changed."""
+        at_rest(self.model.module)
+        return [(part.data_ptr(), part._version) for part in map(local, gradients(self.model.module))]
 
     def step(self) -> None:
         """Sum gradients over ranks, clip, and step. Raises NumericsError where loss or gradients are not finite.
 
-        In fp16 a step whose gradients overflowed is left out and the loss scale halved.
+        In fp16 a step whose gradients overflowed is left out and the loss scale halved. Raises ConfigError without a
+        `backward` before it, and where a program changed gradients since, which are shares until they are summed.
         """
         module, fabric, scale = self.model.module, self.model.fabric, self.scale
+        if self.left is None:
+            raise ConfigError("There was no booster.backward before this step; call it in place of loss.backward().")
+        if (fabric.world.size > 1 or scale.value != 1) and self._gradients() != self.left:
+            raise ConfigError(
+                "Gradients were changed after backward, where each rank has its share of them; clip by the plugin's "
+                "max_norm, and scale the loss."
+            )
         sum_gradients(module, fabric)
         for found in gradients(module) if scale.value != 1 else ():
             local(found).mul_(1 / scale.value)
-        self.stepped = True
+        self.stepped, self.left = True, None
         report = StepReport(self.loss, gradient_norm(module, fabric), 0)
         skipped = self.model.precision == "fp16" and scale.overflowed(report)
         if self.model.precision == "fp16":
@@ -71,7 +90,14 @@ class BoostedOptimizer:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients; they are set to None, whatever is asked for."""
         clear_gradients(self.model.module)
-        self.stepped = False
+        self.stepped, self.left = False, None
+
+    def __getattr__(self, name: str) -> object:
+        """Say what there is."""
+        raise AttributeError(
+            f"A boosted optimizer has no '{name}'; it has param_groups, backward, step, zero_grad and unwrap. Clip by "
+            "the plugin's max_norm, save with booster.save_optimizer."
+        )
 
 
 def names(model: nn.Module) -> dict[int, str]:
