@@ -167,15 +167,17 @@ def stepped_wrongly() -> list[str]:
     booster.backward(model(ids, labels=ids).loss, optimizer)
     refused(getattr, optimizer, "clip_grad_by_norm")
     refused(getattr, booster, "enable_lora")
+    split, fresh = Booster(plugin=HybridParallelPlugin(2, 1, precision="fp32")), tiny()
+    refused(split.boost, fresh, torch.optim.Adafactor(fresh.parameters()))
     PROCESS.leave()
     return said
 
 
 def test_shares_of_gradients_are_not_stepped_as_if_they_were_whole(pool: Pool) -> None:
     """Catches a clip by hand of each rank's share, which would step something else on every plan, a loss whose scale
-    was left out, and gradients cleared by the model that are still refused."""
+    was left out, an optimizer that mixes elements of a part, and gradients cleared by the model that are refused."""
     found = pool.run(2, stepped_wrongly)[0]
-    wanted = ["in place of loss.backward()", "max_norm", "save_optimizer", "no 'enable_lora'"]
+    wanted = ["in place of loss.backward()", "max_norm", "save_optimizer", "no 'enable_lora'", "Adafactor may step"]
     assert [(word, said) for word, said in zip(wanted, found, strict=True) if word not in said] == []
 
 

@@ -15,6 +15,9 @@ from seqloom.train.optimizer import shares
 from seqloom.train.scale import LossScale
 from seqloom.train.step import gradient_norm, gradients
 
+ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD")
+"""Optimizers of torch that step each element by itself, so that parts of a weight are stepped as the whole would be."""
+
 GROWTH_STEPS = 1000
 """Finite steps in a row after which fp16's loss scale doubles."""
 
@@ -100,6 +103,10 @@ class BoostedOptimizer:
         )
 
 
+def _elementwise() -> set[type]:
+    return {getattr(torch.optim, name) for name in ELEMENTWISE}
+
+
 def names(model: nn.Module) -> dict[int, str]:
     """The name of each parameter, by its identity."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
@@ -109,7 +116,8 @@ def adopt(optim: torch.optim.Optimizer, model: BoostedModel, before: dict[int, s
     """Have an optimizer step what a split model holds here, each part in the group where the whole parameter was.
 
     before: `names` of the model before it was split. Raises ConfigError for an optimizer that has stepped or holds
-    parameters of something else, and for ZeRO with another one than HybridAdam.
+    parameters of something else, for ZeRO with another one than HybridAdam, and, where ranks have parts of weights,
+    for one that may step an element by others.
     """
     if optim.state:
         raise ConfigError("The optimizer has taken steps already; boost it before the first one.")
@@ -117,6 +125,12 @@ def adopt(optim: torch.optim.Optimizer, model: BoostedModel, before: dict[int, s
     if zero and not planned:
         raise ConfigError(
             f"{type(optim).__name__} would step whole parameters, and zero={zero} shares them out; use HybridAdam."
+        )
+    plan = model.fabric.plan
+    if (plan.tensor > 1 or plan.expert > 1) and not planned and type(optim) not in _elementwise():
+        raise ConfigError(
+            f"{type(optim).__name__} may step an element by others of its weight, of which each rank has a part under "
+            f"'{plan}'; use HybridAdam, or one of torch's {', '.join(ELEMENTWISE)}."
         )
     stepped = shares(model.module, model.fabric)
     whole = {id(p): piece.name for p, piece in zip(model.module.parameters(), pieces(model.module), strict=True)}
