@@ -167,3 +167,8 @@ def test_a_version_that_is_none(text: str) -> None:
         translate("colossalai", [text], world=1, version="zz")
     notes = {each.option: each.verdict for each in translate("colossalai", [text], world=1, version="0.4.5").notes}
     assert notes["--dialect-version"] == "no effect"
+
+
+def test_an_argument_that_is_given_twice() -> None:
+    """Catches one of two values taken, where Python refuses the call."""
+    assert "is given tp_size twice" in refusal("colossalai", "HybridParallelPlugin(2, 1, tp_size=4)", 4)

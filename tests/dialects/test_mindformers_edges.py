@@ -49,6 +49,11 @@ def test_files_that_are_slow_to_read(text: str) -> None:
             "64 is no multiple of 3 rows x data 3 = 9; use 63 or 72.",
         ),
         ("parallel: {device_num: 16}\nparallel_config: {data_parallel: 4, model_parallel: 2}", "device_num 16 must be"),
+        (
+            "parallel_config: {model_parallel: 2}\nmoe_config: {expert_num: 4}",
+            "need use_seq_parallel: True",
+        ),
+        ("distribute_parallel_config: {tensor_model_parallel_size: 2}", "write its degrees as `parallel_config`"),
         ("parallelism: {data_parallel_replicate: 3}", "x data_parallel_replicate = 3; use 6."),
     ],
 )
@@ -235,3 +240,10 @@ def test_what_shipped_files_hold() -> None:
     found = translate("mindformers", [text])
     assert found.plan == Plan(data=4, zero=1) and found.model is not None
     assert (found.model["kv_lora_rank"], found.model["first_k_dense_replace"]) == (32, 1)
+
+
+def test_a_key_that_is_given_twice() -> None:
+    """Catches the first of two values lost without a word."""
+    text = "parallel_config: {data_parallel: 2}\nparallel_config: {data_parallel: 4}"
+    assert note("mindformers", text, "parallel_config").verdict == "changed"
+    assert translate("mindformers", [text]).plan == Plan(data=4)

@@ -145,7 +145,12 @@ class Source:
             )
         placed = {name: self.value(arg) for name, arg in zip(names, call.args, strict=False)}
         try:
-            return placed | self.keywords(call)
+            named = self.keywords(call)
+            if twice := placed.keys() & named.keys():
+                raise DialectError(
+                    f"{_last(call.func)} at line {call.lineno} is given {min(twice)} twice; give it once."
+                )
+            return placed | named
         except (ValueError, RecursionError) as error:
             raise DialectError(
                 f"{_last(call.func)} at line {call.lineno} is given ** of something that is not a literal "

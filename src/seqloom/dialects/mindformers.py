@@ -1,6 +1,7 @@
 """MindFormers: YAML files of the static graph, and of the newer `parallelism` section."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import yaml
 
 from seqloom.dialects.context import axes, check_heads, mask_bytes
-from seqloom.dialects.ledger import Ledger, flatten, plain, shown
+from seqloom.dialects.ledger import Ledger, as_whole, flatten, plain, shown
 from seqloom.dialects.mindformers_model import PLACES, find, model_of
 from seqloom.dialects.mindformers_options import check_names, close_all
 from seqloom.dialects.mindformers_pipeline import even, layers_of_stages, schedule, stages
@@ -45,7 +46,10 @@ def translate(
     title: str = "",
 ) -> Translation:
     """The plan of a YAML file of either generation. Raises DialectError with every reason why there is none."""
-    ledger = Ledger(dict(flatten(_read(settings if isinstance(settings, str) else " ".join(settings)))))
+    values, repeated = _read(settings if isinstance(settings, str) else " ".join(settings))
+    ledger = Ledger(dict(flatten(values)))
+    for name in repeated:
+        ledger.note(name, "changed", "It is given twice in a section; the last counts, as there.")
     if version is not None:
         ledger.note("--dialect-version", "no effect", "The file itself tells its generation.", value=version)
     if any(name.startswith("parallelism.") for name in ledger.given):
@@ -73,21 +77,41 @@ _MARKS = re.compile(r"[\[{,\n]|[-?:](?=\s)")
 """What parts the pieces of a YAML file: reading one takes a tenth of a millisecond."""
 
 
-def _read(text: str) -> dict[Any, Any]:
+class _Loader(yaml.SafeLoader):
+    """Plain data, and the keys that a section gives more than once."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.repeated: list[str] = []
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        self.repeated += [key for key, times in keys.items() if times > 1]
+        return super().construct_mapping(node, deep)
+
+
+def _read(text: str) -> tuple[dict[Any, Any], list[str]]:
+    """The sections of a file, and keys given twice, of which the last counts."""
     if sum(1 for _ in _MARKS.finditer(text)) > _MOST_MARKS:
         raise DialectError(f"The settings hold more than {_MOST_MARKS:,} lines and entries; give the file of one run.")
     try:
-        values = yaml.safe_load(text)
+        loader = _Loader(text)
+        try:
+            values = loader.get_single_data()
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
         problem = " ".join(str(error).split())
         raise DialectError(f"The settings are not readable as YAML: {problem[:200]}.") from error
     if not isinstance(values, dict):
         raise DialectError("The settings hold no sections; give a MindFormers YAML file.")
+    if "distribute_parallel_config" in values:
+        raise DialectError("`distribute_parallel_config` is not read here; write its degrees as `parallel_config`.")
     if not {"parallel_config", "parallelism", "parallel", "use_parallel"} & set(map(str, values)):
         raise DialectError(
             "The settings have neither `parallel_config` nor `parallelism`; give a MindFormers YAML file."
         )
-    return values
+    return values, loader.repeated
 
 
 def _stages(ledger: Ledger, fields: dict[str, Any], layers: int | None) -> list[list[int]] | None:
@@ -312,6 +336,12 @@ def _experts(ledger: Ledger, fields: dict[str, Any]) -> dict[str, Any]:
     expert = ledger.whole(name)
     ranks = fields["data"] * fields["ring"] * fields["ulysses"]
     ledger.mapped(f"expert={expert}, which is no factor of device_num.", name)
+    many = (as_whole(ledger.given.get("moe_config.expert_num")) or 1) > 1
+    if many and fields["tensor"] > 1 and not fields.get("sequence_parallel"):
+        ledger.refuse(
+            CONFIG + "use_seq_parallel",
+            f"Experts beside model_parallel {fields['tensor']} need use_seq_parallel: True, there too; set it.",
+        )
     if expert == 1:
         return {}
     if (ranks * fields["tensor"]) % expert:

@@ -152,20 +152,21 @@ def again_of_layers(given: Any, fields: Mapping[str, Any]) -> str | None:
     """
     spans = [str(plain(each)).partition("-") for each in given] if isinstance(given, list) else []
     bounds = [(as_whole(first), as_whole(last or first)) for first, _, last in spans]
-    asked: set[int] = set()
+    asked = bytearray(_MOST_STAGES)
     for start, stop in bounds:
         if start is None or stop is None or not 0 <= start <= stop < _MOST_STAGES:
             return None
-        asked |= set(range(start, stop + 1))
+        asked[start : stop + 1] = b"\1" * (stop + 1 - start)
     if fields.get("pipeline", 1) > 1 and "stages" not in fields:
         return None
     sizes = [int(each) for each in str(fields.get("stages", _MOST_STAGES)).split("-")]
     words, first = [], 0
     for size in sizes:
-        here = {layer - first for layer in asked if first <= layer < first + size}
-        if here != set(range(len(here))):
+        here = asked[first : first + size]
+        number = sum(here)
+        if sum(here[:number]) != number:
             return None
-        words.append(f"full:block:{len(here)}" if here else "none")
+        words.append(f"full:block:{number}" if number else "none")
         first += size
     return "/".join(words) if len(set(words)) > 1 else words[0]
 
