@@ -25,6 +25,14 @@ def deepspeed(config: dict[str, object], flags: str = "") -> str:
 @pytest.mark.parametrize(
     ("flags", "world", "says"),
     [
+        ("--tensor-model-parallel-size --bf16", 4, "is given without a value"),
+        ("--tensor-model-parallel-size 2 --num-experts 8", 4, "need --sequence-parallel"),
+        (
+            "--pipeline-model-parallel-size 2 --num-layers 8 --num-layers-per-virtual-pipeline-stage 1 "
+            "--num-virtual-stages-per-pipeline-rank 2",
+            2,
+            "is 4 stages on a pipeline rank",
+        ),
         ("--model-parallel-size 4", 4, "write --tensor-model-parallel-size"),
         (
             "--pipeline-model-parallel-size 4 --num-layers 8 --decoder-first-pipeline-num-layers 1",

@@ -67,6 +67,9 @@ class Ledger:
         if value is None:
             return default
         number = as_whole(value)
+        if value is True and name.startswith("-"):
+            self.refuse(name, f"{name} is given without a value; it takes a whole number.")
+            return default
         if number is None or not least <= number <= most:
             self.refuse(name, f"{name} is {shown(value)}, not a whole number from {least:,} to {most:,}.")
             return default

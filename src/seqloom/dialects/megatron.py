@@ -171,6 +171,9 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
                 "--num-layers that can.",
             )
             return {}
+        if several in ledger and chunks != layers // (pipeline * each):
+            said = f"{per} {each} is {layers // (pipeline * each)} stages on a pipeline rank, and {several} is {chunks}"
+            ledger.refuse(several, f"{said}; leave one of them out.")
         chunks = layers // (pipeline * each)
     found: dict[str, Any] = {"schedule": "interleaved", "chunks": chunks} if chunks > 1 else {}
     ledger.mapped(f"{counted(chunks, 'stage')} on each pipeline rank.", per, several)
@@ -225,7 +228,13 @@ def _experts(ledger: Ledger, tensor: int, ranks: int, pipeline: int) -> dict[str
     expert = ledger.whole(name)
     ledger.mapped(f"expert={expert}, taken from data x context x tensor.", name)
     ledger.mapped(f"expert_tensor={split}.", "--expert-tensor-parallel-size")
-    if expert == 1 and not ledger.whole("--num-experts", 0, least=0):
+    number = ledger.whole("--num-experts", 0, least=0)
+    if number > 1 and tensor > 1 and not ledger.flag("--sequence-parallel"):
+        ledger.refuse(
+            "--sequence-parallel",
+            f"Experts beside --tensor-model-parallel-size {tensor} need --sequence-parallel; add it.",
+        )
+    if expert == 1 and not number:
         return {}
     if ranks % (expert * split):
         ledger.refuse(
