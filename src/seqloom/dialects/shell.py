@@ -252,11 +252,9 @@ class _Follower:
             raise DialectError(f"The script's function {name} calls too much; give the program's flags.")
         gate, after, depth = self.gate, self.after, len(self.frames.stack)
         self.open("group", gate)
-        own = {"@": tuple(arguments), "#": (str(len(arguments)),)}
-        own |= {str(place): (word,) for place, word in enumerate(arguments, 1)}
-        self.locals.append({each: self.values.state(each) for each in own})
-        for each, value in own.items():
-            self.values.put(each, (value, False))
+        places = ["@", "#", *map(str, range(1, max(10, len(arguments) + 1)))]
+        self.locals.append({each: self.values.state(each) for each in places})
+        self.values.place(arguments)
         self.after = ""
         self.follow(body)
         for each, state in self.locals.pop().items():
@@ -265,12 +263,12 @@ class _Follower:
             self.frames.close()
         self.after, self.status = after, None
 
-    def inner_shell(self, text: str) -> None:
-        """Follow what `bash -c` is given, in a shell of its own."""
+    def inner(self, text: str, kind: Kind) -> None:
+        """Follow what `bash -c` is given, in a shell of its own, or what `eval` is."""
         if len(self.locals) > MOST_SHELLS or len(text) > MOST_CHARACTERS:
             raise DialectError("The script starts shells within shells; give the program's flags.")
         after, depth = self.after, len(self.frames.stack)
-        self.open("subshell", self.gate)
+        self.open(kind, self.gate)
         self.locals.append({})
         self.after = ""
         self.follow(joined_tests(tokens(text)))
@@ -350,8 +348,11 @@ class _Follower:
             self.call(words[0], words[1:])
             return None
         if (text := handed_to_shell(words)) is not None:
-            self.inner_shell(text)
+            self.inner(text, "subshell")
             return None
+        if words[0] == "eval":
+            self.inner(" ".join(words[1:]), "group")
+            return builtin(self.values, words)
         self.script.launches.append(Launch(tuple(self.values.certain(word) for word in words), line))
         if words[0] in ("exit", "exec") and (words[0] == "exit" or len(words) > 1):
             self.leave()

@@ -16,8 +16,11 @@ def builtin(values: Values, words: Sequence[str]) -> bool | None:
     """Follow what a command does to variables; whether it succeeds, None where that is not known."""
     name, rest = words[0], words[1:]
     if name in ("true", ":", "echo", "set", "shift", "trap", "exit", "false"):
-        moved = [each for each in values.variables if each == "@" or each.isdecimal()]
-        for variable in written(" ".join(rest)) if name == "trap" else moved if name in ("shift", "set") else ():
+        if name == "set" and "--" in rest:
+            values.place(rest[rest.index("--") + 1 :])
+        elif name == "shift":
+            values.place(list(values.variables.get("@", ()))[int(rest[0]) if rest and rest[0].isdecimal() else 1 :])
+        for variable in written(" ".join(rest)) if name == "trap" else ():
             values.cast_doubt(variable, f"{variable} may be changed by `{name}`, which is not followed")
         return name != "false"
     if name == "let":
@@ -27,11 +30,12 @@ def builtin(values: Values, words: Sequence[str]) -> bool | None:
         for word in told:
             if re.fullmatch(r"[A-Za-z_]\w*", word) and (name != "unset" or word in values.variables):
                 values.cast_doubt(word, f"{word} is set by `{name}`, which is not run")
-    elif name in ("source", ".", "eval") and not _HARMLESS.search(text := " ".join(words)):
+    elif name in ("source", ".") or (name == "eval" and marked(" ".join(rest))):
+        if _HARMLESS.search(text := " ".join(words)):
+            return None
         why = f"`{' '.join(unmarked(text).split())[:40]}` may have set it, and it is not run"
         names = set(written(text))
-        plain = name == "eval" and not marked(text)
-        values.sourced = values.sourced if plain else why
-        for variable in sorted(names) if plain else sorted(names | set(values.variables).difference(SLURM)):
+        values.sourced = why
+        for variable in sorted(names | set(values.variables).difference(SLURM)):
             values.cast_doubt(variable, f"{variable}: {why}")
     return None

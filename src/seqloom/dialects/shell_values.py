@@ -1,6 +1,7 @@
 """Variables of a shell script, and the words that stand for them; nothing is run."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from glob import escape
 
@@ -71,7 +72,12 @@ class Values:
     def certain(self, text: str) -> str | Unread:
         """A text without marks, or what is known of it and why that is not all."""
         found = _MARK.search(text)
-        return Unread(unmarked(text), self.reasons[int(found[1])]) if found else text
+        if found is None:
+            return text
+        known = unmarked(text)
+        if found.start() == 0 and known.startswith("-"):  # what is not known stands before it, so it is no flag
+            known = f"?{known}"
+        return Unread(known, self.reasons[int(found[1])])
 
     def assign(self, name: str, value: list[str], append: bool = False) -> None:
         """Set a variable; one that held something else is in doubt where it is not known that this runs."""
@@ -112,6 +118,12 @@ class Values:
         for name, before in self.journal[-1].items():
             self._set(name, before)
         return found
+
+    def place(self, words: Sequence[str]) -> None:
+        """Set $1, $2 and the rest of them, $@ and $#; none of those that were set before stays."""
+        own = {"@": tuple(words), "#": (str(len(words)),)} | {str(at): (word,) for at, word in enumerate(words, 1)}
+        for name in {*own, *(name for name in self.variables if name.isdecimal())}:
+            self.put(name, (own.get(name), False))
 
     def take_back(self) -> None:
         """End a subshell: what it has set is set there only."""
