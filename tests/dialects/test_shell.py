@@ -91,6 +91,7 @@ def test_other_ways_to_set_a_variable(script: str, tensor: int) -> None:
         "TP=2\ncase 1 in 1) TP=4;& 2) TP=8;; esac",
         "TP=2\ntrap 'TP=8' DEBUG",
         "TP=<degree>",
+        "TP=2\nf() { if test -f x; then local TP=4; fi; TP=8; }\nf",
         "test -f x && A=1\nTP=$A-b",
         "TP=2\n[ $X -eq 1 -a $TP -eq 2 ] && TP=4",
         "TP=2\nunset TP",

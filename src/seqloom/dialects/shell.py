@@ -63,13 +63,25 @@ def _may_start(launch: Launch) -> bool:
 
 
 @dataclass
+class _Call:
+    """A function, or a shell, that is followed where it is started.
+
+    depth: the frames around it. before: what its own variables were before. perhaps: those that may be its own.
+    """
+
+    depth: int
+    before: dict[str, State] = field(default_factory=dict)
+    perhaps: set[str] = field(default_factory=set)
+
+
+@dataclass
 class _Follower:
     """The state of a script that is followed.
 
     loops: names that each loop changes, by the token that begins its body. status: whether the list of commands
     succeeded so far, None where that is not known. after: the operator that the last command ended with. assumed:
     whether the last test took a variable that is not set as empty. ended: whether the script has come to its end.
-    functions: the bodies of functions. called: those that were. locals: what the variables of a call were before.
+    functions: the bodies of functions. called: those that were. calls: those followed now, innermost last.
     """
 
     script: Script
@@ -83,7 +95,7 @@ class _Follower:
     ended: bool = False
     functions: dict[str, Sequence[Token]] = field(default_factory=dict)
     called: list[str] = field(default_factory=list)
-    locals: list[dict[str, State]] = field(default_factory=list)
+    calls: list[_Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.frames = Frames(self.values)
@@ -248,31 +260,34 @@ class _Follower:
         """Follow a function's body where it is called."""
         self.called.append(name)
         body = self.functions[name]
-        if len(self.locals) > MOST_SHELLS or len(self.called) * len(body) > MOST_CALLED:
+        if len(self.calls) > MOST_SHELLS or len(self.called) * len(body) > MOST_CALLED:
             raise DialectError(f"The script's function {name} calls too much; give the program's flags.")
         gate, after, depth = self.gate, self.after, len(self.frames.stack)
         self.open("group", gate)
         places = ["@", "#", *map(str, range(1, max(10, len(arguments) + 1)))]
-        self.locals.append({each: self.values.state(each) for each in places})
+        self.calls.append(_Call(depth, {each: self.values.state(each) for each in places}))
         self.values.place(arguments)
         self.after = ""
         self.follow(body)
-        for each, state in self.locals.pop().items():
+        call = self.calls.pop()
+        for each, state in call.before.items():
             self.values.put(each, state)
+        for each in call.perhaps:
+            self.values.cast_doubt(each, f"{each} may be a variable of {name} alone")
         while len(self.frames.stack) > depth:
             self.frames.close()
         self.after, self.status = after, None
 
     def inner(self, text: str, kind: Kind) -> None:
         """Follow what `bash -c` is given, in a shell of its own, or what `eval` is."""
-        if len(self.locals) > MOST_SHELLS or len(text) > MOST_CHARACTERS:
+        if len(self.calls) > MOST_SHELLS or len(text) > MOST_CHARACTERS:
             raise DialectError("The script starts shells within shells; give the program's flags.")
         after, depth = self.after, len(self.frames.stack)
         self.open(kind, self.gate)
-        self.locals.append({})
+        self.calls.append(_Call(depth))
         self.after = ""
         self.follow(joined_tests(tokens(text)))
-        self.locals.pop()
+        self.calls.pop()
         while len(self.frames.stack) > depth:
             self.frames.close()
         self.after, self.status = after, None
@@ -281,7 +296,7 @@ class _Follower:
         """End the script here, or the branch or loop in which it may end."""
         if self.gate is not True or self.assumed or any(frame.assumed for frame in self.frames.stack):
             return
-        if self.frames.runs is True and not self.locals and not any(f.kind == "subshell" for f in self.frames.stack):
+        if self.frames.runs is True and not self.calls and not any(f.kind == "subshell" for f in self.frames.stack):
             self.ended = True
         elif self.frames.stack:
             self.frames.leave()
@@ -339,8 +354,13 @@ class _Follower:
 
     def keep_local(self, name: str, declaring: str | None) -> None:
         """Note what a variable is before a function has one of its own under the name."""
-        if declaring == "local" and self.locals:
-            self.locals[-1].setdefault(name, self.values.state(name))
+        if declaring != "local" or not self.calls:
+            return
+        call = self.calls[-1]
+        if self.gate is True and all(frame.now for frame in self.frames.stack[call.depth + 1 :]):
+            call.before.setdefault(name, self.values.state(name))
+        elif name not in call.before:
+            call.perhaps.add(name)
 
     def run_words(self, words: Sequence[str], line: int) -> bool | None:
         """Follow a function, or keep a command with what it does to variables; whether it succeeds, if known."""
