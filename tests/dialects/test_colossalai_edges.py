@@ -172,3 +172,10 @@ def test_a_version_that_is_none(text: str) -> None:
 def test_an_argument_that_is_given_twice() -> None:
     """Catches one of two values taken, where Python refuses the call."""
     assert "is given tp_size twice" in refusal("colossalai", "HybridParallelPlugin(2, 1, tp_size=4)", 4)
+
+
+def test_which_of_two_numbers_of_micro_batches_wins() -> None:
+    """Catches a micro-batch of rows that their plugin never reads."""
+    text = "HybridParallelPlugin(tp_size=1, pp_size=2, num_microbatches=4, microbatch_size=2)"
+    found = translate("colossalai", [text + "\nplugin.prepare_dataloader(data, batch_size=16)"], world=4)
+    assert (found.train["micro_batch"], found.train["accumulate"], found.train["global_batch"]) == (4, 4, 32)

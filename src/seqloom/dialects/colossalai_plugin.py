@@ -45,7 +45,7 @@ def hybrid(ledger: Ledger, world: int | None, version: str | None = None, *, moe
             fields |= {"expert": expert, "expert_tensor": tensor}
             if pipeline > 1 or sequence > 1:
                 peculiar = "experts spread over data ranks alone, between the pipeline and the sequence ranks"
-    return Draft(fields, None, _train(ledger, data, pipeline), _rank_order(ledger, mode), peculiar)
+    return Draft(fields, None, _train(ledger, pipeline), _rank_order(ledger, mode), peculiar)
 
 
 def _degree(ledger: Ledger, name: str) -> int:
@@ -220,9 +220,10 @@ def _pipeline(ledger: Ledger, pipeline: int) -> dict[str, Any]:
     return found
 
 
-def _train(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
+def _train(ledger: Ledger, pipeline: int) -> dict[str, Any]:
     accumulate = ledger.whole("num_microbatches", 0) or None
     micro = ledger.whole("microbatch_size", 0) or None
+    micro = None if accumulate else micro
     if pipeline == 1:
         accumulate = micro = None
     else:
@@ -240,7 +241,7 @@ def _train(ledger: Ledger, data: int, pipeline: int) -> dict[str, Any]:
         "sequence_length": None,
         "micro_batch": micro,
         "accumulate": accumulate,
-        "global_batch": micro * data * accumulate if micro and accumulate else None,
+        "global_batch": None,
         "ramp_up": None,
         "recompute": "none",
         "precision": "float32" if precision == "fp32" else precision,
