@@ -310,6 +310,7 @@ class _Follower:
             word = literal(token.word)
             started = any(one.kind == "word" for one in rest)
             if token.kind == "array":
+                self.keep_local(token.text.rstrip("+="), declaring)
                 assign_array(self.values, token)
             elif token.kind == "operator":
                 if rest and literal(rest[0].word) == "[[":
@@ -324,6 +325,7 @@ class _Follower:
                 declaring = word
             elif declaring is not None and not started and word and not (rest and rest[-1].kind == "operator"):
                 self.script.exported |= {word} if declaring == "export" and word[0] != "-" else set()
+                declaring = "readonly" if word[0] == "-" and "g" in word else declaring  # -g is not a function's own
             elif rest and rest[-1].kind == "operator":
                 target = "".join(self.values.expand(token.word))
                 self.target = target if rest.pop().text in (">", ">>") else self.target
@@ -354,7 +356,7 @@ class _Follower:
 
     def keep_local(self, name: str, declaring: str | None) -> None:
         """Note what a variable is before a function has one of its own under the name."""
-        if declaring != "local" or not self.calls:
+        if declaring not in ("local", "declare", "typeset") or not self.calls:
             return
         call = self.calls[-1]
         if self.gate is True and all(frame.now for frame in self.frames.stack[call.depth + 1 :]):
