@@ -271,6 +271,21 @@ FAULTS: dict[str, tuple[Case, Fault, dict[str, Any]]] = {
         lambda: altered(norm, 2),
         at("model.layers.0.post_attention_layernorm", None, 2, 0),
     ),
+    "weight of a later stage": (
+        case("pipeline=2 stages=1-1 ring=2"),
+        lambda: altered(heavier, 3),
+        at("model.layers.1.mlp.up_proj", None, 3, 12),
+    ),
+    "backward of a later stage": (
+        case("pipeline=2 stages=1-1"),
+        lambda: altered(doubled_in_backward, 1),
+        {"where": "gradient", "parameter": "model.layers.1.post_attention_layernorm.weight", "module": None},
+    ),
+    "token of a pipeline": (
+        case("pipeline=2 schedule=interleaved"),
+        lambda: wrong_tokens(0),
+        at("model.embed_tokens", None, 0, 0),
+    ),
     "labels": (case("ring=2"), labels_lost, {"where": "loss", "module": None, "parameter": None}),
     "step": (case("ring=2", steps=2), slow_steps, {"where": "step"}),
 }
@@ -342,6 +357,7 @@ def searched(what: Case) -> Parting | None:
         ("bloom", "tensor=2 data=2 sequence_parallel=false"),
         ("gemma2", "tensor=4 tensor_kind=2d"),
         ("qwen3", "tensor=4 tensor_kind=3d grid=2x2x1 ring=2"),
+        ("gpt2", "pipeline=2 schedule=interleaved ring=2"),
     ],
 )
 def test_the_search_finds_nothing_in_equal_runs(pool: Pool, text: str, family: str) -> None:

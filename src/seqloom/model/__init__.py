@@ -13,7 +13,7 @@ from seqloom.model.lift import Float64Islands
 from seqloom.model.loss import token_loss
 from seqloom.model.parallelize import layer_windows, parallelize
 from seqloom.model.pieces import Piece, count_copies, pieces, tied_names
-from seqloom.model.pipeline import pipeline_loss, step_loss
+from seqloom.model.pipeline import step_loss
 from seqloom.model.probe import probe
 from seqloom.model.whole import assemble, install_save, lasting, save_whole, whole_tensors
 from seqloom.model.zero import at_rest, inside, is_share, shard, sharded_units, shared_over
@@ -38,7 +38,6 @@ __all__ = [
     "outline",
     "parallelize",
     "pieces",
-    "pipeline_loss",
     "probe",
     "save_whole",
     "shard",

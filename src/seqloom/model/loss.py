@@ -30,7 +30,7 @@ def token_loss(
     balance of experts to the loss, as `seqloom.model.balance` has it; 0 leaves that out. chunk_tokens: tokens whose
     logits exist at once. A rank without labels contributes exactly 0. Gradients of the shares sum (never average) over
     ranks to the gradient of the mean: see `sum_gradients`. Raises ModelError for a total without sequences where both
-    count, and for a model cut into stages, whose loss is that of `pipeline_loss`.
+    count, and for a model cut into stages, whose loss is that of `step_loss`.
     """
     if len(getattr(model, "_cut", ())) > 1:
         raise ModelError("A model cut into stages has no token_loss of one rank; use compute_gradients.")

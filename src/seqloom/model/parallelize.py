@@ -34,7 +34,7 @@ def parallelize(model: PreTrainedModel, fabric: Fabric, *, num_tokens: int | Non
     rank keeps its part of them as new parameters: convert types before this call, and make optimizers and
     hooks after it. From then on it is called with `sequence=`, as in `model(**local.inputs, sequence=shard)`,
     and without labels: see `token_loss`. Of a pipeline each rank keeps its stages, cut for sequences of
-    `num_tokens` (see `plan.cut`), and runs them by `pipeline_loss`. Its `save_pretrained` is called by all ranks
+    `num_tokens` (see `plan.cut`), and runs them by `step_loss`. Its `save_pretrained` is called by all ranks
     together, as `save_whole`. Raises PlanError when the plan does not fit the model, ModelError when the model has what
     cannot be split exactly, or a plan already.
     """

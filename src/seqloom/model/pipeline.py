@@ -248,7 +248,7 @@ def step_loss(
     the shares of all ranks sum to it.
     """
     if fabric.pipeline.size > 1:
-        return pipeline_loss(
+        return _staged_loss(
             model,
             list(given),
             fabric,
@@ -269,7 +269,7 @@ def step_loss(
     return share
 
 
-def pipeline_loss(
+def _staged_loss(
     model: PreTrainedModel,
     given: Sequence[tuple[LocalBatch, SequenceShard]],
     fabric: Fabric,
@@ -278,16 +278,10 @@ def pipeline_loss(
     sequences: int,
     chunk_tokens: int,
     computing: Computing,
-    scale: float = 1.0,
-    backward: bool = True,
+    scale: float,
+    backward: bool,
 ) -> Tensor:
-    """Run micro-batches through all stages, forward and backward; every rank calls it together.
-
-    given: this rank's part of each micro-batch. total, sequences: label tokens and sequences of the step, as
-    `token_loss` takes them. scale: what losses are multiplied by for backward. Gradients are added up where backward
-    leaves them. Returns this rank's share of the mean loss, in nats, without a graph; the shares of all ranks sum to
-    it, and but for the last stage they are 0.
-    """
+    """`step_loss` of a model that is cut into stages; the share of all but the last stage is 0."""
     plan, last = fabric.plan, fabric.plan.num_stages - 1
     hidden, width = plan.tensor_grid.outer.hidden, model.config.hidden_size
     if hidden:

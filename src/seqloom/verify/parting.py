@@ -9,16 +9,18 @@ some of the tokens, and of a tensor grid's activations a slice of the hidden dim
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seqloom.fabric import Fabric, all_reduce_, broadcast_
+from seqloom.fabric import Fabric, all_reduce_, broadcast_, gather_values
 from seqloom.geometry import Span
-from seqloom.model import layer_windows, token_loss
-from seqloom.plan import chunks
+from seqloom.model import layer_windows, step_loss
+from seqloom.model.pipeline import Elsewhere, Nothing
+from seqloom.plan import chunks, stages_of
 from seqloom.sequence import Batch, SequenceShard, shard_batch
 from seqloom.tensor import Placeholder
 from seqloom.train import computing
@@ -67,18 +69,15 @@ class Parting:
 
 @dataclass
 class _Trace:
-    """What one forward pass leaves, in the order of calls, which all ranks have in common.
+    """What one forward pass leaves on a rank, of a pipeline that of its stages.
 
-    ended: modules in the order in which their calls ended. events: all that happened. kept: the tensors
-    of tokens among it. sides: the positions of the tokens that this rank holds, once for each side of a
-    tensor grid. packed: how many parts of the reference's output a module gives one after the other.
+    sides: the positions of the tokens that this rank holds, once for each side of a tensor grid. packed: how many
+    parts of the reference's output a module gives one after the other. kept: the tensors of tokens.
     """
 
     sides: tuple[Tensor, ...]
     packed: dict[str, int]
-    ended: list[str] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[Event, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,14 +104,19 @@ def first_parting(
     """
     rows = len(batch.tokens) // fabric.plan.data
     trace = _split_forward(model, batch, fabric, precision)
+    # Stages of a pipeline keep other events; which of them the reference meets when, it says as it comes by.
+    events = sorted({event for kept in gather_values(list(trace.kept), fabric.world) for event in kept})
+    walked: dict[Event, int] = {}
     parted: dict[int, _Met] = {}
+    order: list[str] = []
     for row in range(len(batch.tokens)):
 
-        def meet(number: int, whole: Tensor, row: int = row) -> None:
-            if row // rows != fabric.data.rank or number in parted or number not in trace.kept:
+        def meet(event: Event, whole: Tensor, row: int = row) -> None:
+            number = walked.setdefault(event, len(walked))
+            if row // rows != fabric.data.rank or number in parted or event not in trace.kept:
                 return
-            mine = trace.kept[number][row % rows].to(whole)
-            name, side, _ = trace.events[number]
+            mine = trace.kept[event][row % rows].to(whole)
+            name, side, _ = event
             packed = trace.packed.get(name, 1) if side == "output" else 1
             readings = _slices(mine, whole, trace.sides, packed, fabric)
             # Sides that hold equally many tokens are told apart by what fits.
@@ -120,8 +124,8 @@ def first_parting(
             if found is not None and found.wrong:
                 parted[number] = _Met(row, found.position, found.error)
 
-        _walk(reference, trace, batch, row, fabric, precision, meet)
-    return _agree(parted, trace.events, batch.num_tokens, fabric), trace.ended
+        order = _walk(reference, events, batch, row, fabric, precision, meet)
+    return _agree(parted, list(walked), batch.num_tokens, fabric), gather_values(order, fabric.world)[0]
 
 
 def later_parting(errors: Mapping[str, float], loss_error: float, order: Sequence[str], *, tolerance: float) -> Parting:
@@ -150,14 +154,29 @@ def _split_forward(model: PreTrainedModel, batch: Batch, fabric: Fabric, precisi
     }
     trace = _Trace(_sides(shard), packed)
 
-    def keep(event: Event, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            trace.kept[len(trace.events)] = tensor.cpu()
-        trace.events.append(event)
+    others = set[str]()
+    if 0 not in stages_of(fabric.plan, fabric.pipeline.rank):
+        # Handed this stage's input where one device hands on embeddings, as rotary positions are.
+        base = model.base_model.named_children()
+        others = {f"{model.base_model_prefix}.{name}" for name, part in base if next(part.parameters(), None) is None}
+
+    def keep(event: Event, tensor: Tensor) -> None:
+        name, side, _ = event
+        if side == "output" or name not in others:
+            trace.kept[event] = tensor.cpu()
 
     shapes = {(len(local.input_ids), len(held)) for held in trace.sides}
-    with torch.no_grad(), _watched(model, shapes, keep, trace.ended), computing(precision, fabric.device):
-        token_loss(model, local, shard)
+    with torch.no_grad(), _watched(model, shapes, keep, []):
+        step_loss(
+            model,
+            [(local, shard)],
+            fabric,
+            total=batch.label_count,
+            sequences=0,
+            chunk_tokens=batch.num_tokens,
+            computing=partial(computing, precision, fabric.device),
+            backward=False,
+        )
     return trace
 
 
@@ -173,37 +192,43 @@ MOST_DIMS = 8
 
 def _walk(
     reference: PreTrainedModel | None,
-    trace: _Trace,
+    events: Sequence[Event],
     batch: Batch,
     row: int,
     fabric: Fabric,
     precision: str,
-    meet: Callable[[int, Tensor], None],
-) -> None:
-    """Run the reference over a row on rank 0; every rank meets each tensor [S, ...] with the number of its event."""
+    meet: Callable[[Event, Tensor], None],
+) -> list[str]:
+    """Run the reference over a row on rank 0; every rank meets each tensor [S, ...] of `events`, in its order.
+
+    Returns on rank 0 the modules in the order in which their calls ended.
+    """
     wide = torch.float64 if precision == "float64" else torch.float32
-    numbers = {trace.events[number]: number for number in trace.kept}
+    numbers = {event: number for number, event in enumerate(events)}
+    ended: list[str] = []
 
     def say(number: int, shape: Sequence[int] = ()) -> tuple[int, list[int]]:
         said = torch.tensor([number, len(shape), *shape, *[0] * (MOST_DIMS - len(shape))], device=fabric.device)
         number, dims, *sizes = broadcast_(said, fabric.world).tolist()
         return number, sizes[:dims]
 
-    def send(event: Event, tensor: Tensor | None) -> None:
-        if tensor is not None and event in numbers and tensor.dim() <= MOST_DIMS:
+    def send(event: Event, tensor: Tensor) -> None:
+        if event in numbers and tensor.dim() <= MOST_DIMS:
             whole = tensor[0].to(wide).contiguous()
-            number, _ = say(numbers[event], whole.shape)
-            meet(number, broadcast_(whole, fabric.world))
+            say(numbers[event], whole.shape)
+            meet(event, broadcast_(whole, fabric.world))
 
     if reference is not None:
-        with torch.no_grad(), _watched(reference, {(1, batch.num_tokens)}, send, []):
+        with torch.no_grad(), _watched(reference, {(1, batch.num_tokens)}, send, ended):
             one_device_logits(reference, batch, row, precision=precision)
         say(-1)
-        return
+        return ended
     number, shape = say(-1)
     while number >= 0:
-        meet(number, broadcast_(torch.empty(shape, dtype=wide, device=fabric.device), fabric.world))
+        whole = broadcast_(torch.empty(shape, dtype=wide, device=fabric.device), fabric.world)
+        meet(events[number], whole)
         number, shape = say(-1)
+    return ended
 
 
 def _slices(
@@ -287,12 +312,13 @@ def _agree(parted: Mapping[int, _Met], events: Sequence[Event], num_tokens: int,
 def _watched(
     model: nn.Module,
     shapes: Collection[tuple[int, int]],
-    take: Callable[[Event, Tensor | None], None],
+    take: Callable[[Event, Tensor], None],
     ended: list[str],
 ) -> Iterator[None]:
     """While entered, `take` gets the first tensor that each module is given, and that it returns, of [*shape, ...].
 
-    None where there is no such tensor. ended: filled with the names of modules in the order in which calls end.
+    Left out are the model and its base, whose output is that of a stage, and what stands for modules of other stages.
+    ended: filled with the names of modules in the order in which calls end.
     """
     calls: dict[tuple[str, str], int] = {}
 
@@ -301,7 +327,9 @@ def _watched(
 
     def offer(name: str, side: str, *values: Any) -> None:
         calls[name, side] = calls.get((name, side), 0) + 1
-        take((name, side, calls[name, side]), next(filter(fits, _tensors(values)), None))
+        found = next(filter(fits, _tensors(values)), None)
+        if found is not None:
+            take((name, side, calls[name, side]), found)
 
     def before(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: offer(name, "input", args, kwargs)
@@ -315,6 +343,8 @@ def _watched(
 
     hooks = []
     for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel | Elsewhere | Nothing):
+            continue
         # Ahead of hooks that are there: those of a split model take the input of its projections away.
         hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True))
         hooks.append(module.register_forward_hook(after(name), with_kwargs=True))
