@@ -14,7 +14,6 @@ from pool import Pool
 from seqloom.errors import ModelError
 from seqloom.fabric import Fabric
 from seqloom.model import clear_gradients, gradient, hand_over, main_gradients, sum_gradients
-from seqloom.model import gradients as module
 from seqloom.plan import Plan, Side
 from seqloom.tensor import TensorGroup, local, split
 
@@ -44,7 +43,7 @@ def summed(text: str, bucket: int) -> int:
             model[name].sum_axes = over
             model[name].grad = model[name].detach() + 0.5**fabric.rank
             expected[name] = sum(0.5**rank for rank in partners(fabric, over))
-    with patch.object(module, "BUCKET_BYTES", bucket):
+    with patch("seqloom.fabric.bucket.BUCKET_BYTES", bucket):
         sum_gradients(model, fabric)
     for name, parameter in model.items():
         assert parameter.grad is not None and isinstance(parameter.grad, DTensor) == (fabric.tensor.size > 1)

@@ -1,5 +1,6 @@
 """Processes, their mesh and every collective between them."""
 
+from seqloom.fabric.bucket import buckets
 from seqloom.fabric.collectives import (
     Pending,
     all_gather,
@@ -39,6 +40,7 @@ __all__ = [
     "all_to_all_rows",
     "barrier",
     "broadcast_",
+    "buckets",
     "gather_values",
     "line",
     "naming_others",

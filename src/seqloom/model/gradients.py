@@ -10,12 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from seqloom.errors import ModelError
-from seqloom.fabric import Axis, Fabric, Pending, start_sum_
+from seqloom.fabric import Axis, Fabric, Pending, buckets, start_sum_
 from seqloom.model.zero import at_rest, is_share, replicas_of, shared_over
 from seqloom.tensor import local
-
-BUCKET_BYTES = 32 * 2**20
-"""Gradients are summed in flat buffers of about this size: few messages, and each on its way while the next fills."""
 
 UNDER_WAY = 2
 """Buffers on their way at the same time; a third would only hold memory."""
@@ -100,10 +97,10 @@ def sum_gradients(model: nn.Module, fabric: Fabric) -> None:
                 f"{name} has no gradient: the loss does not depend on it; call requires_grad_(False) on it."
             )
     under_way: deque[_Sum] = deque()
-    for parts, axes in _buckets(model, fabric):
+    for bucket in buckets(_sized(model, fabric)):
         while len(under_way) >= UNDER_WAY:
             _settle(under_way)
-        under_way.append(_Sum.start(parts, axes, fabric.device))
+        under_way.append(_Sum.start([part for part, _ in bucket], bucket[0][1], fabric.device))
     while under_way:
         _settle(under_way)
 
@@ -133,29 +130,19 @@ def _settle(under_way: "deque[_Sum]") -> None:
         part.copy_(summed.view_as(part))
 
 
-def _buckets(model: nn.Module, fabric: Fabric) -> Iterator[tuple[list[Tensor], tuple[Axis, ...]]]:
-    """The local gradients in groups of one type and the same axes, with the axes to sum them over.
+def _sized(
+    model: nn.Module, fabric: Fabric
+) -> Iterator[tuple[tuple[object, ...], int, tuple[Tensor, tuple[Axis, ...]]]]:
+    """As `buckets` takes them the local gradients, each with the axes to sum it over: those of one type and axes.
 
-    Sizes are counted in even shares of whole parameters: local ones may differ by rank, and all ranks must
-    come to the same groups in the same order.
+    Bytes are those of even shares of whole parameters, as local ones may differ by rank.
     """
-    filling: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
-    along: dict[tuple[tuple[str, ...], torch.dtype], tuple[Axis, ...]] = {}
-    held: dict[tuple[tuple[str, ...], torch.dtype], int] = {}
     for parameter in model.parameters():
         found = gradient(parameter) if parameter.requires_grad else None
         axes = _axes(parameter, fabric) if found is not None else ()
-        if found is None or not axes:
-            continue
-        key = tuple(axis.name for axis in axes), found.dtype
-        if held.get(key, 0) > BUCKET_BYTES:
-            yield filling.pop(key), along[key]
-            held[key] = 0
-        along[key] = axes
-        filling.setdefault(key, []).append(local(found))
-        held[key] = held.get(key, 0) + found.element_size() * _even_share(parameter, fabric)
-    for key, parts in filling.items():
-        yield parts, along[key]
+        if found is not None and axes:
+            key = found.dtype, *(axis.name for axis in axes)
+            yield key, found.element_size() * _even_share(parameter, fabric), (local(found), axes)
 
 
 def _even_share(parameter: Tensor, fabric: Fabric) -> int:

@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seqloom.fabric import Axis, Fabric, start_collect
+from seqloom.fabric import Axis, Fabric, buckets, start_collect
 from seqloom.model import at_rest, shared_over
 from seqloom.plan import chunks
 from seqloom.tensor import local
-
-BUCKET_BYTES = 32 * 2**20
-"""Stepped rows travel in flat buffers of about this size."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class PlannedAdamW(torch.optim.AdamW):
         for one in self.stepped:
             one.part.grad = None
         if self.stage == 1:
-            for bucket in _buckets(self.stepped):
+            for bucket in buckets(_dealt(self.stepped)):
                 _fetch(bucket)
         return loss
 
@@ -129,22 +126,12 @@ def _rows(held: Tensor, one: Stepped) -> Tensor:
     return held[one.first : one.first + len(one.part)]
 
 
-def _buckets(stepped: Sequence[Stepped]) -> Iterator[list[Stepped]]:
-    """What is dealt over one axis in one type, some of it at a time."""
-    filling: dict[tuple[str, torch.dtype], list[Stepped]] = {}
-    held: dict[tuple[str, torch.dtype], int] = {}
+def _dealt(stepped: Sequence[Stepped]) -> Iterator[tuple[tuple[str, torch.dtype], int, Stepped]]:
+    """As `buckets` takes them what is dealt over an axis; counted in what is whole on all ranks that trade."""
     for one in stepped:
-        if one.axis is None or one.axis.size == 1:
-            continue
-        key = one.axis.name, one.part.dtype
-        filling.setdefault(key, []).append(one)
-        # Counted in what is whole on all ranks that trade, so that they come to the same buckets.
-        part = local(one.parameter)
-        held[key] = held.get(key, 0) + part.numel() * part.element_size()
-        if held[key] > BUCKET_BYTES:
-            yield filling.pop(key)
-            held[key] = 0
-    yield from filling.values()
+        if one.axis is not None and one.axis.size > 1:
+            part = local(one.parameter)
+            yield (one.axis.name, one.part.dtype), part.numel() * part.element_size(), one
 
 
 def _fetch(bucket: Sequence[Stepped]) -> None:
