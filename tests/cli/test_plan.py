@@ -204,6 +204,7 @@ def test_axes_of_a_double_ring(cli: Cli) -> None:
         (("--check", "ring=2"), "seqloom plan needs --model, --seq-len (or --documents) to check"),
         (("--check", "ring=2", "--table"), "seqloom plan needs --model, "),
         (("--table", "--heads", "4"), "seqloom plan needs --check, --model, "),
+        ((*PLAN, "64", "--list", "--world", "0"), "A world of 0 processes is not possible; it has 1 to 65,536."),
         (("--list", "--model", "llama"), "seqloom plan --list needs --model and --world"),
         ((*PLAN, "64", "--list", "--world", "2", "--full"), "seqloom plan --list takes no --full: no mask or kernel"),
         (

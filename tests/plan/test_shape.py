@@ -70,7 +70,7 @@ def test_a_read_configuration_can_be_changed_without_changing_the_built_in_one()
 
 def test_no_such_model(tmp_path: Path) -> None:
     """Catches a path that does not exist, or a folder without config.json, met with a traceback."""
-    for source in ("lama", str(tmp_path), str(tmp_path / "none.json")):
+    for source in ("lama", str(tmp_path), str(tmp_path / "none.json"), "x" * 300):
         with pytest.raises(
             ModelError,
             match=r"There is no model .*bloom, deepseek_v2, .*, llama, .*, qwen2, qwen3, qwen3_moe, a con",
@@ -86,6 +86,7 @@ def test_no_such_model(tmp_path: Path) -> None:
         (b"\xff\xfe\x00", "is not readable as JSON"),
         (b"[1, 2]", "holds a JSON list, not an object"),
         (b"3", "holds a JSON int, not an object"),
+        (b"[" * 100_000, "is not readable as JSON"),
     ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, content: bytes, message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from seqloom.errors import DataError
 from seqloom.report import write_report
 from seqloom.report.page import traffic
 from seqloom.report.record import read_folder
@@ -201,6 +202,16 @@ def test_bytes_that_depend_on_documents_are_not_predicted(make_run: Any, plan: s
     rows = {row.axis: row for row in traffic(read_folder(folder))}
     assert rows["ring"].formula is None and rows["ring"].measured > 0 and rows["replicas"].formula
     assert "not predicted" in _words(folder)
+
+
+def test_a_page_that_cannot_be_written(make_run: Any) -> None:
+    """Catches a traceback where the folder is not the user's to write to."""
+    folder = make_run(steps=1)
+    (folder / "report.html").mkdir()
+    with pytest.raises(
+        DataError, match=r"report\.html cannot be written \(Is a directory\); make the folder writable\.$"
+    ):
+        write_report(folder)
 
 
 def test_an_axis_without_a_formula_is_listed(make_run: Any) -> None:

@@ -240,6 +240,15 @@ def test_another_model_behind_the_same_settings(pool: Pool, finished: Finished, 
 # How they are written.
 
 
+def test_a_folder_of_checkpoints_that_cannot_be_made(pool: Pool, finished: Finished, tmp_path: Path) -> None:
+    """Catches a bare error of the file system where a checkpoint begins."""
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(
+        CheckpointError, match=r"step-000001 cannot be written \(NotADirectoryError: .*; make room there"
+    ):
+        run_file(pool, finished.config, f"run.folder={tmp_path}", "train.steps=1", "train.warmup_steps=0", resume=True)
+
+
 def test_keep(pool: Pool, finished: Finished, tmp_path: Path) -> None:
     """Catches checkpoints that fill the disk, or a prune that takes the newest."""
     run_file(pool, finished.config, f"run.folder={tmp_path}", "run.keep=1", "run.save_every=1", "train.steps=3")
@@ -327,10 +336,14 @@ def test_one_wrong_number_is_found(pool: Pool, finished: Finished, stopped: Path
         run_file(pool, finished.config, f"run.folder={stopped}", resume=True)
 
 
-def test_one_run_at_a_time(tmp_path: Path) -> None:
-    """Catches two runs in one folder that take turns in overwriting each other's metrics and checkpoints."""
+def test_one_run_at_a_time(finished: Finished, tmp_path: Path) -> None:
+    """Catches two runs in one folder that take turns in overwriting each other's metrics and checkpoints, and a second
+    one told so only once its processes have started."""
     first, second = sole_writer(tmp_path / "run"), sole_writer(tmp_path / "run")
     with first, pytest.raises(ConfigError, match="Another run is writing"), second:
         pass
+    config = load_config(finished.config, [f"run.folder={tmp_path / 'run'}"])
+    with sole_writer(tmp_path / "run"), pytest.raises(ConfigError, match="Another run is writing"):
+        prepare(config, resume=True)
     with sole_writer(tmp_path / "run"):
         pass

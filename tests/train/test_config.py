@@ -96,8 +96,16 @@ def test_overrides_reach_every_depth(write: Any) -> None:
     assert config.run.folder == Path("x=y")
 
 
+def test_a_folder_at_home(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a folder named ~ in the working directory, which is easily removed with all of one's home."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_config(write(MINIMAL), ["run.folder=~/runs/a"]).run.folder == Path("/home/me/runs/a")
+
+
 WRONG_VALUES = [
     ("train.steps=ten", "train.steps is 'ten' (a string); it must be a whole number."),
+    ("train.steps=010", "train.steps is '010' (a string); it must be a whole number."),
+    ("train.steps=1:30", "train.steps is '1:30' (a string); it must be a whole number."),
     ("train.steps=1.5", "train.steps is 1.5; it must be a whole number."),
     ("train.steps=true", "train.steps is true; it must be a whole number."),
     ("train.steps=0", "train.steps is 0; it must be at least 1."),

@@ -57,6 +57,9 @@ def test_what_cannot_be_exported_is_refused(finished: Finished, tmp_path: Path) 
     (tmp_path / "full" / "file").touch()
     with pytest.raises(CheckpointError, match="is there already and would be mixed"):
         export(finished.folder, tmp_path / "full")
+    for folder in ("/proc/out", tmp_path / "full" / "file" / "out"):
+        with pytest.raises(CheckpointError, match=r"out cannot be written to \(.*\); name another folder"):
+            export(finished.folder, Path(folder))
     with pytest.raises(CheckpointError, match=r"There is no folder .*absent; name a checkpoint"):
         export(tmp_path / "absent", tmp_path / "out")
     with pytest.raises(CheckpointError, match="holds none that an evaluation marked as the best"):

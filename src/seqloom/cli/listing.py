@@ -17,7 +17,10 @@ def legal_lines(
 ) -> Iterator[str]:
     """All legal plans of a world for a model, one a line; before them what speaks against the plan asked about."""
     from seqloom.plan import ModelShape, Plan, check, every_plan
+    from seqloom.plan.legality import impossible_world
 
+    if impossible := impossible_world(world):
+        raise PlanError(impossible)
     shape = ModelShape.from_config(model_settings(source, world, num_tokens or 1, heads, kv_heads, layers))
     if asked is not None:
         try:

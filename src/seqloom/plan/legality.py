@@ -27,8 +27,8 @@ def reasons(
 ) -> list[str]:
     """Every reason why `plan` cannot run this model at this length; empty when it is legal."""
     found = list(model.unsupported)
-    if world is not None and not 1 <= world <= MOST:
-        return [*found, f"A world of {world} processes is not possible; it has 1 to {MOST:,}."]
+    if world is not None and (impossible := impossible_world(world)):
+        return [*found, impossible]
     if world is not None and plan.world_size != world:
         found.append(f"The plan '{plan}' takes {counted(plan.world_size, 'process')}, but there are {world}.")
     found += tensor_reasons(plan, model)
@@ -41,6 +41,11 @@ def reasons(
         found += _length_reasons(model, num_tokens)
     found += unsplittable(plan, num_tokens, batch)
     return found
+
+
+def impossible_world(world: int) -> str | None:
+    """Why there cannot be so many processes, or None."""
+    return None if 1 <= world <= MOST else f"A world of {world:,} processes is not possible; it has 1 to {MOST:,}."
 
 
 def unsplittable(plan: Plan, num_tokens: int | None, batch: int | None = None) -> Iterator[str]:

@@ -71,10 +71,11 @@ def cut(plan: Plan, model: ModelShape, num_tokens: int | None = None) -> tuple[i
     best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
     for stage in range(last + 1):
         least, extra = int(0 < stage < last), model.hidden if stage == 0 else 0
+        most = layers - max(0, last - 1 - stage)  # each later stage but the last needs one
         extra += model.hidden * model.vocab if stage == last else 0
         found: dict[int, tuple[float, float, tuple[int, ...]]] = {}
         for taken, (costliest, uneven, chosen) in best.items():
-            for stop in range(taken + least, layers + 1) if stage < last else (layers,):
+            for stop in range(taken + least, most + 1) if stage < last else (layers,):
                 cost = before[stop] - before[taken] + extra
                 candidate = max(costliest, cost), uneven + cost**2, (*chosen, stop - taken)
                 found[stop] = min(found.get(stop, candidate), candidate)

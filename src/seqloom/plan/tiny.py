@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from math import lcm
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,10 @@ ALIASES = {"deepseek": "deepseek_v3"}
 """Other names of built-in shapes."""
 
 
+MOST_SHOWN = 80
+"""Characters of a model's name that an error repeats."""
+
+
 def read_config(source: str) -> dict[str, Any]:
     """The configuration of a built-in tiny shape, a JSON file, or a folder that holds config.json.
 
@@ -148,15 +153,17 @@ def read_config(source: str) -> dict[str, Any]:
     if source in TINY_SHAPES:
         return dict(TINY_SHAPES[source])
     path = Path(source)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "config.json" if isdir(path) else path
+    if not isfile(path):
+        said = source if len(source) <= MOST_SHOWN else f"{source[:MOST_SHOWN]}..."
         raise ModelError(
-            f"There is no model '{source}': give one of {', '.join(FAMILIES)}, "
-            "a config.json, or a folder that holds one."
+            f"There is no model '{said}': give one of {', '.join(FAMILIES)}, a config.json, or a folder that holds one."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}); make it readable.") from error
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable as JSON ({error}); give a Hugging Face config.json.") from error
     if not isinstance(config, dict):
         raise ModelError(

@@ -10,7 +10,7 @@ from statistics import median
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from seqloom.errors import counted
+from seqloom.errors import DataError, counted
 from seqloom.geometry import Layout, Mask, total
 from seqloom.plan import Plan, cut, run_again
 from seqloom.planner import all_reduce_bytes, attention_bytes, tensor_bytes
@@ -30,11 +30,14 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` into a run folder and return its path.
 
     The folder holds run.json and metrics.jsonl as training writes them, and verify.json once the
-    plan has been verified. Raises DataError where one of them is missing or broken.
+    plan has been verified. Raises DataError where one of them is missing or broken, or the page cannot be written.
     """
     page = render(read_folder(folder))
     target = folder / "report.html"
-    target.write_text(page, encoding="utf-8")
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{target} cannot be written ({error.strerror}); make the folder writable.") from error
     return target
 
 

@@ -69,6 +69,15 @@ def best(folder: Path) -> Path | None:
     return path if path.is_dir() else None
 
 
+def begin(unfinished: Path) -> None:
+    """Make the empty folder that a checkpoint is written into; raises CheckpointError where the disk refuses."""
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritten(unfinished.with_suffix(""), _said(error)) from error
+
+
 def write(unfinished: Path, state: dict[str, Boxes], group: Any = None) -> None:
     """Write the files of a checkpoint; every rank calls it together.
 
@@ -77,10 +86,7 @@ def write(unfinished: Path, state: dict[str, Boxes], group: Any = None) -> None:
     try:
         checkpoint.save(state, checkpoint_id=unfinished, planner=SavePlanner(), process_group=group)
     except CheckpointException as error:
-        raise CheckpointError(
-            f"{unfinished.with_suffix('')} cannot be written ({_first_failure(error)}); make room there and resume "
-            "from the one before."
-        ) from error
+        raise _unwritten(unfinished.with_suffix(""), _first_failure(error)) from error
 
 
 def publish(unfinished: Path, progress: Progress, keep: int, *, mark: bool) -> Path:
@@ -103,10 +109,12 @@ def publish(unfinished: Path, progress: Progress, keep: int, *, mark: bool) -> P
             if old != best(folder):
                 shutil.rmtree(old)
     except OSError as error:
-        raise CheckpointError(
-            f"{target} cannot be written ({_said(error)}); make room there and resume from the one before."
-        ) from error
+        raise _unwritten(target, _said(error)) from error
     return target
+
+
+def _unwritten(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be written ({why}); make room there and resume from the one before.")
 
 
 def read_progress(path: Path, *, contents: bool = False) -> Progress:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from seqloom.errors import ModelError
 from seqloom.plan import ModelShape, Plan, read_config
@@ -118,17 +119,21 @@ class EvalConfig(Section):
         return self
 
 
+def _expanded(folder: Path) -> Path:
+    return Path(expanduser(folder))
+
+
 class RunConfig(Section):
     """Where a run writes, and how long it waits.
 
-    folder: takes metrics and checkpoints. Relative to the working directory.
+    folder: takes metrics and checkpoints. Relative to the working directory; `~` is the home folder.
     save_every: optimizer steps between checkpoints; null saves at the end only.
     save_async: whether checkpoints are written while training goes on, of copies in host memory.
     keep: newest checkpoints that are kept, beside the best one.
     timeout_seconds: the longest a process waits for another before the run ends.
     """
 
-    folder: Annotated[Path, Field(strict=False)] = Path("runs/train")
+    folder: Annotated[Path, Field(strict=False), AfterValidator(_expanded)] = Path("runs/train")
     save_every: Count | None = None
     save_async: bool = False
     keep: Count = 2

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from seqloom.errors import CheckpointError, SeqloomError
@@ -22,9 +23,14 @@ def export(source: Path, out: Path, *, marked: bool = False) -> tuple[int, tuple
     notes for the user. Raises CheckpointError.
     """
     path = _chosen(source, marked)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already and would be mixed with what is written; name an empty folder.")
     progress = read_progress(path, contents=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        full = any(out.iterdir())
+    except OSError as error:
+        raise _unwritten(out, error) from error
+    if full:
+        raise CheckpointError(f"{out} is there already and would be mixed with what is written; name an empty folder.")
     written = {
         name.removeprefix(MODEL): entry for name, entry in written_entries(path).items() if name.startswith(MODEL)
     }
@@ -40,8 +46,11 @@ def export(source: Path, out: Path, *, marked: bool = False) -> tuple[int, tuple
             f"{path} is of another model than its settings say: {differing[0]} is in one of them alone, or of another "
             f"shape ({len(differing)} in all); export it with the versions that wrote it."
         )
-    with without_progress_bars():
-        model.save_pretrained(out, state_dict=state)
+    try:
+        with without_progress_bars():
+            model.save_pretrained(out, state_dict=state)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(out, error) from error
     return progress.step, _save_tokenizer(progress.config["data"]["tokenizer"], model.config.vocab_size, out)
 
 
@@ -59,6 +68,11 @@ def _chosen(source: Path, marked: bool) -> Path:
         what = "none that an evaluation marked as the best" if marked else "no checkpoint"
         raise CheckpointError(f"{source} holds {what}; name a checkpoint, or another run.")
     return path
+
+
+def _unwritten(out: Path, error: Exception) -> CheckpointError:
+    said = getattr(error, "strerror", None) or error
+    return CheckpointError(f"{out} cannot be written to ({said}); name another folder, or make room there.")
 
 
 def _save_tokenizer(name: str, vocab: int, out: Path) -> tuple[str, ...]:

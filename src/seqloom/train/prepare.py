@@ -16,7 +16,7 @@ from seqloom.train.config import Config
 from seqloom.train.curriculum import begun, stretches
 from seqloom.train.data import glance, load_text
 from seqloom.train.packing import PackedText
-from seqloom.train.tokenizer import load_tokenizer
+from seqloom.train.tokenizer import Tokenizer, load_tokenizer
 
 CHECKPOINTS = "checkpoints"
 MAY_CHANGE = frozenset(
@@ -31,7 +31,8 @@ MAY_CHANGE = frozenset(
 def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[str, ...]:
     """Refuse what would fail later, before any process starts; what passes leaves the run's folder.
 
-    world: processes there are, where a launcher has started them already; these compare the text themselves.
+    world: processes there are, where a launcher has started them already; these compare the text, and find out about
+    another run in the folder, by themselves.
     Returns notes for the user. Raises ConfigError, PlanError, ModelError, DataError, CheckpointError.
     """
     for stretch in stretches(config):
@@ -48,14 +49,21 @@ def prepare(config: Config, *, resume: bool, world: int | None = None) -> tuple[
         raise ConfigError(
             f"{folder} holds a run already ({held[0]}); go on with it by --resume, or name another run.folder."
         )
-    path = newest(folder / CHECKPOINTS)
-    if not resume:
-        return ()
+    notes = _resuming(config, tokenizer, alone=world is None) if resume else ()
+    if world is None:
+        with sole_writer(folder):
+            pass
+    return notes
+
+
+def _resuming(config: Config, tokenizer: Tokenizer, *, alone: bool) -> tuple[str, ...]:
+    """Notes on going on from the newest checkpoint; alone: whether this process is to look at the text itself."""
+    path = newest(config.run.folder / CHECKPOINTS)
     if path is None:
-        return (f"There is no checkpoint in {folder} yet, so training starts from the beginning.",)
+        return (f"There is no checkpoint in {config.run.folder} yet, so training starts from the beginning.",)
     progress = read_progress(path, contents=True)
     notes = _compare_settings(path, progress, config)
-    if world is None:
+    if alone:
         compare_text(path, progress, load_text(config.data, tokenizer))
     return notes
 
@@ -66,7 +74,7 @@ def _check_fit(config: Config, world: int | None) -> None:
     train, data = config.train, config.plan.data
     if train.micro_batch % data:
         raise ConfigError(
-            f"train.batch={train.batch} in train.accumulate={train.accumulate} micro-batches leaves "
+            f"train.batch={train.batch} with train.accumulate={train.accumulate} leaves "
             f"{counted(train.micro_batch, 'sequence')} for data={data}, which must divide them; make train.batch a "
             f"multiple of {train.accumulate * data} with as many micro-batches, or train.micro_batch one of {data}."
         )

@@ -1,6 +1,5 @@
 """Saving a run's checkpoints, while it waits or while it goes on."""
 
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +9,7 @@ from torch import nn
 
 from seqloom.fabric import Axis, Fabric, barrier
 from seqloom.train.boxes import Boxes
-from seqloom.train.checkpoint import Progress, publish, step_folder, write
+from seqloom.train.checkpoint import Progress, begin, publish, step_folder, write
 from seqloom.train.state import saved_state
 
 
@@ -38,8 +37,7 @@ class Saves:
         self._finish()
         unfinished = step_folder(self.folder, progress.step).with_suffix(".unfinished")
         if self.fabric.rank == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            begin(unfinished)
         barrier(self.fabric.world)
         state = saved_state(model, optimizer, self.fabric)
         if self._writer is None or self.beside is None:
