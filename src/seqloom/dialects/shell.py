@@ -167,7 +167,7 @@ class _Follower:
             found = self.loop(keyword, found)
             self.after = ""
         elif keyword == "do" and self.frames.runs is not False:
-            for name in self.loops.get(id(first), ()):
+            for name in () if self.frames.never_runs(self.status) else self.loops.get(id(first), ()):
                 if name in self.values.variables:
                     self.values.cast_doubt(name, f"{name} is set in a loop that reads it before")
         elif keyword == "case":
@@ -194,7 +194,8 @@ class _Follower:
         self.status = status if gate is True else None
 
     def open(self, kind: Kind, runs: bool | None) -> None:
-        self.frames.open(kind, runs, self.status).piped = self.after == "|"
+        frame = self.frames.open(kind, runs, self.status)
+        frame.piped, frame.assumed = self.after == "|", self.assumed and self.after in ("&&", "||")
 
     def close(self, kind: Kind, piped: bool = False) -> None:
         """End the innermost frame, if it is of this kind; whether it succeeded is not kept."""
@@ -208,7 +209,7 @@ class _Follower:
         several = [word for token in found[2:] for word in self.values.expand(token.word)]
         runs = None if self.gate is not False else False
         frame = self.frames.open("loop", runs, self.status)
-        frame.piped = self.after == "|"
+        frame.piped, frame.word = self.after == "|", keyword or ""
         if keyword in ("while", "until"):
             return found
         if name == "let" and len(found) > 1 and runs is not False:
@@ -379,12 +380,9 @@ class _Follower:
         if words[0] in ("exit", "exec") and (words[0] == "exit" or len(words) > 1):
             self.leave()
         if words[0] in TESTS:
-            empty = [
-                "" if test in ("-z", "-n") and self.values.unset(word) else word
-                for test, word in zip(["", *words], words, strict=False)
-            ]
-            self.assumed = empty != list(words)
-            return holds(empty)
+            known = self.values.assumed(words)
+            self.assumed = known != list(words)
+            return holds(known)
         return builtin(self.values, words)
 
     def here_document(self, token: Token) -> None:

@@ -30,7 +30,8 @@ def builtin(values: Values, words: Sequence[str]) -> bool | None:
         for word in told:
             if re.fullmatch(r"[A-Za-z_]\w*", word) and (name != "unset" or word in values.variables):
                 values.cast_doubt(word, f"{word} is set by `{name}`, which is not run")
-    elif name in ("source", ".") or (name == "eval" and marked(" ".join(rest))):
+        return False if name == "getopts" and "@" not in values.variables else None  # there are no arguments
+    if name in ("source", ".") or (name == "eval" and marked(" ".join(rest))):
         if _HARMLESS.search(text := " ".join(words)):
             return None
         why = f"`{' '.join(unmarked(text).split())[:40]}` may have set it, and it is not run"

@@ -19,10 +19,10 @@ class Frame:
     """An if, loop, case, group or subshell.
 
     base: whether it runs. now: whether what stands now in it does. status: that before it. tried: what its tests or
-    patterns came to so far. word: of a case. waiting: whether a case's next words are patterns. held: whether those
-    so far stand for the word. whole: whether one of its branches runs for certain. assumed: whether a test of it
-    takes a variable that is not set as empty. piped: whether it stands after a pipe, in a shell of its own. ends:
-    what branches that are not decided left in the variables that they changed.
+    patterns came to so far. word: of a case, or a loop's keyword. waiting: whether a case's next words are patterns.
+    held: whether those so far stand for the word. whole: whether one of its branches runs for certain. assumed:
+    whether a test of it takes a variable that is not set as empty. piped: whether it stands after a pipe, in a
+    shell of its own. ends: what branches that are not decided left in the variables that they changed.
     """
 
     kind: Kind
@@ -103,6 +103,14 @@ class Frames:
         frame.tried.add(chosen)
         frame.whole = frame.whole or chosen is True
         self.branch(frame, chosen)
+
+    def never_runs(self, status: bool | None) -> bool:
+        """Go on from the test of a while or until to its body; whether the first test says that it never runs."""
+        frame = self.last("loop")
+        if frame is None or frame.word not in ("while", "until") or status is not (frame.word == "until"):
+            return False
+        frame.now = False
+        return True
 
     def pattern(self, frame: Frame, words: Sequence[str], last: bool) -> None:
         """Patterns of a case, which stand for one branch; `last`: whether no more of them follow."""

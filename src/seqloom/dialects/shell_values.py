@@ -144,10 +144,20 @@ class Values:
         self.passing.discard(name)
         self.variables[name] = value
 
-    def unset(self, word: str) -> bool:
-        """Whether a word is nothing but a variable that the script does not set."""
-        found = _MARK.fullmatch(word)
-        return found is not None and _UNSET.fullmatch(self.reasons[int(found[1])]) is not None and not self.sourced
+    def assumed(self, words: Sequence[str]) -> list[str]:
+        """The words of a test in a script that is started without arguments, where what it does not set is empty.
+
+        As in ${NAME:-default}, that is so for -z and -n, and for the number of arguments.
+        """
+        found = list(words)
+        for at, word in enumerate(words):
+            mark = _MARK.fullmatch(word)
+            why = self.reasons[int(mark[1])] if mark else ""
+            if why == "$# is not set in the script":
+                found[at] = "0"
+            elif at and words[at - 1] in ("-z", "-n") and _UNSET.fullmatch(why) and not self.sourced:
+                found[at] = ""
+        return found
 
     def cast_doubt(self, name: str, why: str) -> None:
         """Keep what is known of a variable, in doubt."""
