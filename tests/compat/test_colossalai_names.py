@@ -169,6 +169,9 @@ def stepped_wrongly() -> list[str]:
     refused(getattr, booster, "enable_lora")
     split, fresh = Booster(plugin=HybridParallelPlugin(2, 1, precision="fp32")), tiny()
     refused(split.boost, fresh, torch.optim.Adafactor(fresh.parameters()))
+    staged = Booster(plugin=HybridParallelPlugin(1, 2, num_microbatches=1, precision="fp32"))
+    batches = iter([{"input_ids": ids, "labels": ids}])
+    refused(staged.execute_pipeline, batches, staged.boost(tiny())[0], lambda outputs, _: outputs.loss)
     PROCESS.leave()
     return said
 
@@ -177,7 +180,14 @@ def test_shares_of_gradients_are_not_stepped_as_if_they_were_whole(pool: Pool) -
     """Catches a clip by hand of each rank's share, which would step something else on every plan, a loss whose scale
     was left out, an optimizer that mixes elements of a part, and gradients cleared by the model that are refused."""
     found = pool.run(2, stepped_wrongly)[0]
-    wanted = ["in place of loss.backward()", "max_norm", "save_optimizer", "no 'enable_lora'", "Adafactor may step"]
+    wanted = [
+        "in place of loss.backward()",
+        "max_norm",
+        "save_optimizer",
+        "no 'enable_lora'",
+        "Adafactor may step",
+        "num_microbatches=2",
+    ]
     assert [(word, said) for word, said in zip(wanted, found, strict=True) if word not in said] == []
 
 

@@ -11,9 +11,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from seqloom.compat.colossalai.booster.plugin import _Plugin
 from seqloom.compat.colossalai.state import PROCESS
-from seqloom.errors import ConfigError, DataError
+from seqloom.errors import ConfigError, DataError, counted
 from seqloom.fabric import Fabric, all_reduce_, start_collect
 from seqloom.model import layer_windows, parallelize, step_loss, token_loss
+from seqloom.plan import micro_batches_needed
 from seqloom.sequence import Batch, SequenceShard, shard_batch
 from seqloom.sequence.batch import NO_LABEL
 from seqloom.tensor import reduce_from_tensor_region
@@ -84,7 +85,8 @@ class BoostedModel(nn.Module):
     def run_stages(self, given: dict[str, Tensor], micro_batches: int, *, backward: bool, scale: float) -> Tensor:
         """The loss of this data rank's rows in so many micro-batches, run through the pipeline, on every rank.
 
-        scale: what the loss is multiplied by for backward. Raises DataError for rows that cannot be cut.
+        scale: what the loss is multiplied by for backward. Raises DataError for rows that cannot be cut,
+        ConfigError for too few micro-batches.
         """
         if strange := set(given) - {"input_ids", "attention_mask", "labels"}:
             raise ConfigError(f"A boosted model takes no {', '.join(sorted(strange))}; leave it out.")
@@ -92,6 +94,11 @@ class BoostedModel(nn.Module):
         if rows % micro_batches or "labels" not in given:
             raise DataError(
                 f"A pipeline is given labels, and rows that {micro_batches} micro-batches share evenly, not {rows}."
+            )
+        if (needed := micro_batches_needed(self.fabric.plan, micro_batches)) > micro_batches:
+            raise ConfigError(
+                f"{counted(micro_batches, 'micro-batch')} cannot be ordered over the stages of '{self.fabric.plan}'; "
+                f"give the plugin num_microbatches={needed}."
             )
         parts = [
             self._batch(*(chunk.get(name) for name in ("input_ids", "attention_mask", "labels")))
