@@ -1,10 +1,14 @@
 """Launch scripts: what their commands do to variables, followed or held in doubt."""
 
+import subprocess
 import time
+from shutil import which
 
 import pytest
 
+from dialects.scripts import UNKNOWN, any_script
 from seqloom.dialects import translate
+from seqloom.dialects.flags import from_text
 from seqloom.errors import DialectError
 
 LAUNCH = "\npython pretrain.py --tensor-model-parallel-size $TP"
@@ -164,3 +168,29 @@ EOT
 torchrun --nproc_per_node 8 --nnodes $SLURM_NNODES a.py --deepspeed --deepspeed_config $CONFIG
 """
     assert str(translate("megatron", [script]).plan) == "data=32 zero=2"
+
+
+@pytest.mark.parametrize("count", [12, pytest.param(1000, marks=pytest.mark.sweep)])
+@pytest.mark.skipif(which("bash") is None, reason="there is no bash to compare with")
+def test_what_is_read_is_what_bash_does(count: int) -> None:
+    """Catches a value that is taken for certain where bash, whatever an unknown command says, comes to another."""
+    before = "python() { printf 'GOT %s\\n' \"$3\"; }\nprobe() { return $((RANDOM % 2)); }\n"
+    certain = 0
+    for seed in range(count):
+        text = any_script(seed)
+        told = [
+            subprocess.run(
+                ["bash", "--norc", "-c", before + text], capture_output=True, text=True, timeout=60, check=False, env={}
+            ).stdout
+            for _ in range(3 if UNKNOWN in text else 1)
+        ]
+        found = {line[4:] for out in told for line in out.splitlines() if line.startswith("GOT ")}
+        try:
+            read = from_text(text).options.get("--x")
+        except DialectError:
+            assert not found, text
+            continue
+        if isinstance(read, str):
+            certain += 1
+            assert found <= {read}, text
+    assert certain > count / 4
