@@ -54,4 +54,4 @@ def assign_array(values: Values, token: Token) -> None:
         value = values.expand((rest, *word[1:]) if rest.text else word[1:], split=False)
         values.assign(f"{name}[{key[1]}]", ["".join(value)])
     if plain or not any(one.startswith(f"{name}[") for one in values.variables):
-        values.assign(name, plain, bool(append))
+        values.assign(name, plain, bool(append), array=True)

@@ -78,11 +78,11 @@ class Frames:
         for name in dict.fromkeys(name for end in frame.ends for name in end):
             found = [end.get(name, before[name]) for end in frame.ends if name in before]
             found += [] if frame.whole and (frame.base or frame.kind == "loop") else [before[name]]
-            last = next(end[name] for end in reversed(frame.ends) if name in end)
-            self.values.put(name, last)
+            found = [*found[len(frame.ends) :], *found[: len(frame.ends)]]
             if any(other != found[0] for other in found):
-                where = "loop" if frame.kind == "loop" else "branch"
-                self.values.cast_doubt(name, f"{name} is set in a {where} that is not decided here")
+                self.values.undecided(name, found, "loop" if frame.kind == "loop" else "branch")
+            else:
+                self.values.put(name, found[0])
         return frame
 
     def branch(self, frame: Frame, chosen: bool | None) -> None:

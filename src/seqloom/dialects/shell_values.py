@@ -13,6 +13,9 @@ from seqloom.errors import DialectError
 MOST_CHARACTERS = 200_000
 """The longest script, and the longest text that its variables may grow to."""
 
+MOST_DOUBTFUL = 1_000
+"""The most words of a variable that is set in branches that are not decided."""
+
 _MARK = re.compile("\ue000(\\d+)\ue001")
 """Stands in a text for what is not known here: the number of a doubt."""
 
@@ -36,6 +39,12 @@ def written(text: str) -> list[str]:
 def unmarked(text: str) -> str:
     """A text without what is not known in it."""
     return _MARK.sub("", text)
+
+
+def _doubted(text: str, mark: str) -> str:
+    """A text with each of its words in doubt."""
+    plain = unmarked(text) if "\ue000" in text else text
+    return " ".join(f"{word}{mark}" for word in plain.split()) or mark
 
 
 State = tuple[tuple[str, ...] | None, bool]
@@ -79,18 +88,37 @@ class Values:
             known = f"?{known}"
         return Unread(known, self.reasons[int(found[1])])
 
-    def assign(self, name: str, value: list[str], append: bool = False) -> None:
+    def assign(self, name: str, value: list[str], append: bool = False, array: bool = False) -> None:
         """Set a variable; one that held something else is in doubt where it is not known that this runs."""
         before = self.variables.get(name) if name not in self.passing else None
         if append and before is not None:
-            joined = len(value) == len(before) == 1
-            value = [before[0] + value[0]] if joined else [*before, *value]
+            value = [*before, *value] if array or not before else [before[0] + value[0], *before[1:]]
         if sum(map(len, value)) > MOST_CHARACTERS:
             raise DialectError(f"The script's variable {name} grows beyond {MOST_CHARACTERS:,} characters.")
         if self.gated and before != tuple(value):
-            mark = self.doubt(f"{name} is set in a branch or loop that is not decided here")
-            value = [re.sub(r"(\S+)", rf"\1{mark}", each) or mark for each in value]
-        self._put(name, tuple(value))
+            self.undecided(name, [(before, False), (tuple(value), False)], "branch or loop")
+        else:
+            self._put(name, tuple(value))
+
+    def undecided(self, name: str, found: Sequence[State], where: str) -> None:
+        """Set a variable that has one of several states, the last of them the likeliest: what they share is certain.
+
+        Words of all of them stay, since each may be a flag that the program is given.
+        """
+        mark = self.doubt(f"{name} is set in a {where} that is not decided here")
+        plain = all(value is None or len(value) == 1 for value, _ in found)
+        parts = [" ".join(value or ()).split() if plain else list(value or ()) for value, _ in found]
+        shared = 0
+        while all(len(part) > shared and part[shared] == parts[0][shared] for part in parts):
+            shared += 1
+        rest = [part[shared:] for part in {tuple(part): part for part in reversed(parts)}.values()]
+        if not any(word.startswith("-") for part in rest for word in part):
+            rest = rest[:1]
+        doubtful = [f"{unmarked(word)}{mark}" for part in rest for word in part] or [mark]
+        words = [*parts[0][:shared], *doubtful]
+        if len(words) > MOST_DOUBTFUL:
+            raise DialectError(f"The script's variable {name} may be more than can be followed; give the flags.")
+        self._put(name, (" ".join(words),) if plain else tuple(words))
 
     def state(self, name: str) -> State:
         """A variable as it is."""
@@ -162,7 +190,8 @@ class Values:
     def cast_doubt(self, name: str, why: str) -> None:
         """Keep what is known of a variable, in doubt."""
         mark = self.doubt(why)
-        self._put(name, tuple(f"{unmarked(each)}{mark}" for each in self.variables.get(name, ("",))) or (mark,))
+        known = [_doubted(each, mark) for each in self.variables.get(name, ("",))]
+        self._put(name, tuple(known) or (mark,))
 
     def restore(self, name: str, before: tuple[str, ...] | None) -> None:
         """Take back what a subshell, or one command, was given."""
@@ -248,12 +277,23 @@ class Values:
             return []
         if known is None:
             return [self.doubt(f"${name} is not set in the script")]
+        if counted or index:
+            return self.elements(name, known, bool(counted), index or "")
+        return list(known[:1])
+
+    def elements(self, name: str, known: tuple[str, ...], counted: bool, index: str) -> list[str]:
+        """How many elements an array has, or how long a text is; else the elements that an index names."""
+        whole = index in ("[@]", "[*]")
+        if not whole and any(map(marked, known if counted else known[:-1])):
+            return [self.doubt(f"which element of {name} is {index or 'first'}, is not known here")]
+        if counted and any(map(marked, known)):
+            return [self.doubt(f"how long {name} is, is not known here")]
         if counted:
             return [str(len(known))] if index else [str(len(known[0]))] if known else ["0"]
-        if index and index not in ("[@]", "[*]"):
-            number = index[1:-1]
-            return [known[int(number)]] if len(number) < 6 and number.isdecimal() and int(number) < len(known) else [""]
-        return list(known) if index else list(known[:1])
+        if whole:
+            return list(known)
+        number = index[1:-1]
+        return [known[int(number)]] if len(number) < 6 and number.isdecimal() and int(number) < len(known) else [""]
 
     def sum(self, text: str, depth: int) -> str:
         """The value of $((text))."""
