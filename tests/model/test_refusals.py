@@ -1,5 +1,6 @@
 """What a split model does not do is refused by name, never ignored."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -247,7 +248,8 @@ def test_a_parameter_without_gradient(fabric: Fabric) -> None:
 
 
 def test_weights_that_do_not_fit(tmp_path: Any) -> None:
-    """Catches a layer left at random because the folder's weights are another model's."""
+    """Catches a layer left at random because the folder's weights are another model's, and a file that was cut short
+    told in the words of its reader, as a failed rank."""
     model = build("llama")
     model.save_pretrained(tmp_path)
     settings = model.config.to_dict()
@@ -257,5 +259,10 @@ def test_weights_that_do_not_fit(tmp_path: Any) -> None:
     )  # saved in float64, read through float32
     with pytest.raises(ModelError, match="do not fit the configuration"):
         build_model({**settings, "num_hidden_layers": 3}, weights=tmp_path)
-    with pytest.raises(ModelError):
+    with pytest.raises(
+        ModelError, match=r"configuration: model\.layers\.0\.mlp\.down_proj\.weight is missing or of another"
+    ):
         build_model({**settings, "intermediate_size": 64}, weights=tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 2000)
+    with pytest.raises(ModelError, match=r"cannot be loaded \(.*\); restore the folder, or name another"):
+        build_model(settings, weights=tmp_path)

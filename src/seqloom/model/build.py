@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -66,12 +68,14 @@ def build_model(
                 dtype=torch.promote_types(dtype, torch.float32),
                 local_files_only=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in our words
             )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError) as error:
         raise ModelError(
-            f"The weights in {weights} cannot be loaded ({' '.join(str(error).split())[:300]})."
+            f"The weights in {weights} cannot be loaded ({' '.join(str(error).split())[:300]}); restore the folder, or "
+            "name another."
         ) from error
-    lacking = [name for key in ("missing_keys", "mismatched_keys") for name in report[key]]
+    lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
     if lacking:
         raise ModelError(
             f"The weights in {weights} do not fit the configuration: {lacking[0]} is missing or of another shape "
