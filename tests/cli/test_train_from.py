@@ -86,7 +86,7 @@ def test_options_of_translating() -> None:
         (["--from", "mindformers", "data.files=[a]"], "--from mindformers has nothing to read"),
         (["--from", "megatron", "--scale", "small", "--", "--lr", "1"], "--scale is 'small'; it is one of tiny, full."),
         (["--from", "megatron", "--", "--tensor-model-parallel-size", "2", "--lr", "1"], "name no model that is known"),
-        (["--from", "megatron", "--world", "6", "--", FLAGS], "6 processes are no multiple"),
+        (["--from", "megatron", "--world", "6", "--", FLAGS], "6 processes is no multiple"),
         (["--from", "megatron", "--", FLAGS], "data.files and data.dataset are both missing"),
         (["--from", "megatron", "data.files=[nowhere.txt]", "--", FLAGS], "No file matches 'nowhere.txt'"),
         (["--from", "megatron", "--", FLAGS, "trian.steps=2"], "trian is not a setting"),
