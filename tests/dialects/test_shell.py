@@ -108,6 +108,7 @@ def test_other_ways_to_set_a_variable(script: str, tensor: int) -> None:
         "A='--context-parallel-size 2'\ntest -f x && A='--log-interval 3'\nTP=\"2 $A\"",
         "A='--context-parallel-size 2 --log-interval 3'\nsource env.sh\nTP=\"2 $A\"",
         "A=(2)\nfor i in 1 2; do A+=(4); TP=${#A[@]}; done",
+        "for i in 1 2; do A+=(4); TP=${#A[@]}; done",
         "TP=2\nf() { if test -f x; then local TP=4; fi; TP=8; }\nf",
         "test -f x && A=1\nTP=$A-b",
         "TP=2\n[ $X -eq 1 -a $TP -eq 2 ] && TP=4",

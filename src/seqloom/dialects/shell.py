@@ -168,8 +168,7 @@ class _Follower:
             self.after = ""
         elif keyword == "do" and self.frames.runs is not False:
             for name in () if self.frames.never_runs(self.status) else self.loops.get(id(first), ()):
-                if name in self.values.variables:
-                    self.values.cast_doubt(name, f"{name} is set in a loop that reads it before")
+                self.values.cast_doubt(name, f"{name} is set in a loop that may read it before")
         elif keyword == "case":
             found = self.case(found)
         elif keyword == "{":
