@@ -178,14 +178,22 @@ def page(rows: Sequence[Row], listed: Sequence[Listed], asked: argparse.Namespac
     """docs/parity.md."""
     yield "# Plans beside one device"
     yield ""
-    wrong, count = sum(not row.equal for row in rows), sum(each.count for each in listed)
+    wrong = sum(not row.equal for row in rows)
+    few = [each for each in listed if each.world < 16]  # of 16 processes only the chosen plans run
+    ran_of_few, of_few, of_many = (
+        sum(row.world < 16 for row in rows),
+        sum(each.count for each in few),
+        sum(each.count for each in listed) - sum(each.count for each in few),
+    )
     yield (
-        f"{len(rows):,} of the {count:,} plans that `seqloom plan --list` names for these models and processes "
-        f"ran{f', one of every {asked.every}' if asked.every > 1 else ''}. {len(rows) - wrong:,} of these equal one "
-        f"device to {TOLERANCE:.0e} in float64: the loss, the gradient norm, every gradient and every parameter after "
-        f"{STEPS} steps of at least {MICRO_BATCHES} micro-batches with clipping, at {asked.tokens} tokens a sequence. "
-        "The models are the built-in ones, grown to each plan. Written by `python -m benchmarks.parity`"
-        f"{'; of 16 processes only the plans that it names ran' if 16 in {each.world for each in listed} else ''}."
+        f"{ran_of_few:,} of the {of_few:,} plans that `seqloom plan --list` names for "
+        f"{', '.join(map(str, sorted({each.world for each in few})))} processes ran"
+        f"{f', one of every {asked.every}' if asked.every > 1 else ''}"
+        f"{f', and {len(rows) - ran_of_few} chosen ones of {of_many:,} for 16' if of_many else ''}. "
+        f"{len(rows) - wrong:,} of these {len(rows):,} equal one device to {TOLERANCE:.0e} in float64: the loss, the "
+        f"gradient norm, every gradient and every parameter after {STEPS} steps of at least {MICRO_BATCHES} "
+        f"micro-batches with clipping, at {asked.tokens} tokens a sequence. The models are the built-in ones, grown to "
+        "each plan. Written by `python -m benchmarks.parity`."
     )
     yield ""
     yield "| model | processes | plans listed | run | not equal | worst error |"

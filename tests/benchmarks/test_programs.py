@@ -146,7 +146,7 @@ def test_the_table_of_parity(tmp_path: Path) -> None:
     arguments = ["--worlds", "1", "--models", "llama", "--tokens", "9", "--out", str(page), "--rows", str(kept)]
     assert parity.main(arguments) == 0
     said = page.read_text(encoding="utf-8")
-    assert "1 of the 1 plans that `seqloom plan --list` names" in said and " ran. 1 of these equal one device" in said
+    assert "1 of the 1 plans that `seqloom plan --list` names for 1 processes ran. 1 of these 1 equal one dev" in said
     row = kept.read_text(encoding="utf-8")
     kept.write_text(row.replace('"failed": ""', '"failed": "it hung"'), encoding="utf-8")
     assert parity.main(arguments) == 1 and len(kept.read_text(encoding="utf-8").splitlines()) == 1
@@ -168,7 +168,10 @@ def test_the_page_of_parity() -> None:
     assert [row.equal for row in rows] == [True, False, False, False]
     listed = parity.Listed("llama", 2, 9, ("ring=2", "data=2", "ulysses=2", "tensor=2"), ("zero=1 data=2",))
     text = "\n".join(parity.page(rows, [listed], asked))
-    assert "4 of the 9 plans" in text and "ran, one of every 2. 1 of these equal" in text and "it hung" in text
+    assert "4 of the 9 plans" in text and "ran, one of every 2. 1 of these 4 equal" in text and "it hung" in text
+    many = parity.Listed("llama", 16, 70, ("ring=16",))
+    assert "4 of the 9 plans" in (text16 := "\n".join(parity.page(rows, [listed, many], asked)))
+    assert "and 0 chosen ones of 70 for 16" in text16
     assert "| llama | 2 | 9 | 4 | 3 | nan |" in text and "- llama: `zero=1 data=2`" in text
     assert [parity.Listed.of(model, 4, 47).dropped for model in ("llama", "mixtral")] == [(), ()]
 
