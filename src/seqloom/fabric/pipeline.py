@@ -50,6 +50,15 @@ class _MeteredStage(PipelineStage):
         """The messages of gradients to the stage before."""
         return self._counted(super().get_bwd_send_ops(bwd_chunk_id))
 
+    def get_local_bwd_output(self, mb_index: int) -> tuple[Tensor | None, ...]:
+        """The gradient for the stage before on the same rank; without backward none, which torch asks for too."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """Take it from the stage after on the same rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
+
     def _counted(self, messages: list[distributed.P2POp]) -> list[distributed.P2POp]:
         sent = sum(message.tensor.numel() * message.tensor.element_size() for message in messages)
         self.axis.meter.add(self.axis.name, sent)
