@@ -6,6 +6,7 @@ import pytest
 
 from seqloom.dialects import Note, translate
 from seqloom.dialects.megatron_options import BY_NAME, NO_EFFECT
+from seqloom.dialects.models import ROPE_OF_LLAMA31
 from seqloom.dialects.translation import Translation
 from seqloom.errors import DialectError
 
@@ -261,3 +262,22 @@ def test_layers_that_are_not_those_of_the_family() -> None:
     full = f"{sizes} --normalization RMSNorm --swiglu --disable-bias-linear"
     assert all(read(full, 1)[1][name].verdict != "changed" for name in names)
     assert "--normalization" not in read(f"python pretrain_llama.py {sizes}", 1)[1]
+
+
+def test_rotary_angles_that_are_scaled() -> None:
+    """Catches Llama 3.1 without its scaling, one that the flags do not ask for, and a factor that is lost."""
+    named = translate("mindformers", ["parallel_config: {}\ntrainer: {model_name: llama3_1_8b}"]).model
+    assert named is not None and named["rope_scaling"]["factor"] == 8 and named["max_position_embeddings"] == 131_072
+    sizes = (
+        "--hidden-size 4096 --ffn-hidden-size 14336 --num-layers 32 --num-attention-heads 32 --num-query-groups 8 "
+        "--group-query-attention --swiglu --normalization RMSNorm --position-embedding-type rope --tokenizer-model "
+        "meta-llama/Llama-3.1-8B "
+    )
+    plain = translate("megatron", [sizes]).model
+    assert plain is not None and "rope_scaling" not in plain
+    found = translate("megatron", [f"{sizes} --use-rope-scaling --rope-scaling-factor 32"])
+    assert found.model is not None and found.model["rope_scaling"] == ROPE_OF_LLAMA31 | {"factor": 32.0}
+    said = {note.option: note.verdict for note in found.notes}
+    assert said["--use-rope-scaling"] == said["--rope-scaling-factor"] == "mapped"
+    with pytest.raises(DialectError, match="give 1 or more"):
+        translate("megatron", [f"{sizes} --use-rope-scaling --rope-scaling-factor 0.5"])

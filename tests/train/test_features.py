@@ -103,7 +103,12 @@ def evaluated(plan: Plan) -> float:
 def test_evaluation_under_zero_and_pipelines(pool: Pool) -> None:
     """Catches a loss that the last stage alone knows, shares taken for whole weights, and weights gathered once."""
     [alone] = pool.run(1, evaluated, Plan())
-    pipelines = ("pipeline=2", "pipeline=2 schedule=interleaved", "pipeline=2 schedule=zbv", "pipeline=2 schedule=gpipe")
+    pipelines = (
+        "pipeline=2",
+        "pipeline=2 schedule=interleaved",
+        "pipeline=2 schedule=zbv",
+        "pipeline=2 schedule=gpipe",
+    )
     for plan in ("data=2 zero=1", "data=2 zero=2", "ring=2 zero=3", *pipelines):
         assert pool.run(2, evaluated, Plan.parse(plan)) == pytest.approx([alone] * 2, rel=1e-12, abs=0)
 

@@ -344,6 +344,14 @@ def test_reduced_models_are_built(name: str) -> None:
     assert shape.max_positions is None or shape.max_positions >= 512
 
 
+def test_reduced_rotary_angles() -> None:
+    """Catches angles scaled for lengths that a reduced model never has, which transformers warns of."""
+    named = by_name("llama3.1-8b")
+    assert named is not None
+    small = shrunk(named[1], Plan(), 512, vocab=257)
+    assert small["rope_scaling"] == {**named[1]["rope_scaling"], "original_max_position_embeddings": 512 // 16}
+
+
 def test_steps_to_a_number_of_samples() -> None:
     """Catches a run that ends a step before its samples are consumed, or one after."""
     batches = Batches(16, (4, 4, 50))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from seqloom.dialects.ledger import Ledger, as_whole
-from seqloom.dialects.models import FIRST_QWEN, by_name, by_sizes, family, full
+from seqloom.dialects.models import FIRST_QWEN, ROPE_OF_LLAMA31, by_name, by_sizes, family, full
 
 _SIZES = {
     "--hidden-size": "hidden_size",
@@ -158,6 +158,14 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
         if name in ledger and key:
             config[key] = ledger.number(name)
             ledger.mapped("It enters `model`.", name)
+    if known["model_type"] in ("llama", "qwen2", "qwen3", "mixtral"):
+        config.pop("rope_scaling", None)  # there it counts only where it is asked for
+        if ledger.flag("--use-rope-scaling"):
+            factor = ledger.number("--rope-scaling-factor", 8.0) or 0.0
+            if factor < 1:
+                ledger.refuse("--rope-scaling-factor", f"--rope-scaling-factor is {factor:g}; give 1 or more.")
+            config["rope_scaling"] = ROPE_OF_LLAMA31 | {"factor": factor}
+            ledger.mapped("It enters `model`, as Llama 3.1's.", "--use-rope-scaling", "--rope-scaling-factor")
     if known["model_type"].startswith("deepseek"):
         for name in (name for name in _LATENT if name in ledger):
             config[_LATENT[name]] = ledger.whole(name, least=0)

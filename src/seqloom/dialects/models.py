@@ -6,8 +6,18 @@ from typing import Any
 
 _KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
+ROPE_OF_LLAMA31: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""Rotary angles scaled for long sequences, as Llama 3.1 does and Megatron's `--use-rope-scaling`."""
+
 _LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 4096}
 _LLAMA3 = _LLAMA | {"vocab_size": 128_256, "max_position_embeddings": 8192, "rope_theta": 500_000.0}
+_LLAMA31 = _LLAMA3 | {"max_position_embeddings": 131_072, "rope_scaling": ROPE_OF_LLAMA31}
 _QWEN: dict[str, Any] = {
     "model_type": "qwen2",
     "vocab_size": 152_064,
@@ -53,7 +63,9 @@ _TABLE: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("llama1-65b", _LLAMA, (8192, 22_016, 80, 64, 64)),
     ("llama3-8b", _LLAMA3, (4096, 14_336, 32, 32, 8)),
     ("llama3-70b", _LLAMA3, (8192, 28_672, 80, 64, 8)),
-    ("llama3-405b", _LLAMA3 | {"max_position_embeddings": 131_072}, (16_384, 53_248, 126, 128, 8)),
+    ("llama3.1-8b", _LLAMA31, (4096, 14_336, 32, 32, 8)),
+    ("llama3.1-70b", _LLAMA31, (8192, 28_672, 80, 64, 8)),
+    ("llama3.1-405b", _LLAMA31, (16_384, 53_248, 126, 128, 8)),
     ("qwen-1.8b", _QWEN_SMALL, (2048, 5504, 24, 16, 16)),
     ("qwen-7b", _QWEN_SMALL, (4096, 11_008, 32, 32, 32)),
     ("qwen-14b", _QWEN, (5120, 13_696, 40, 40, 40)),
@@ -130,7 +142,8 @@ _ALIASES = {
     "llama-8b": "llama3-8b",
     "llama-33b": "llama1-33b",
     "llama-65b": "llama1-65b",
-    **{f"llama3.{minor}-{size}": f"llama3-{size}" for minor in "13" for size in ("8b", "70b", "405b")},
+    "llama3-405b": "llama3.1-405b",
+    "llama3.3-70b": "llama3.1-70b",
     "bloom-7b": "bloom-7b1",
     "bloom-7.1b": "bloom-7b1",
     "bloomz-7b": "bloom-7b1",

@@ -117,11 +117,20 @@ def shrunk(config: Mapping[str, Any], plan: Plan, num_tokens: int, *, vocab: int
         shared = {shape.heads: tiny["num_attention_heads"], 1: 1}
         tiny["num_key_value_heads"] = shared.get(shape.kv_heads, tiny["num_key_value_heads"])
     sizes = {key: value for key, value in fit(tiny, plan, num_tokens).items() if key not in _FEATURES}
-    found = {**config, **sizes, "vocab_size": vocab}
+    found = {**config, **sizes, "vocab_size": vocab, **_rotary(config, sizes)}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(found.get(key), int) and found[key] >= vocab:
             found[key] = None
     return found
+
+
+def _rotary(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary angles that are scaled beyond some length: the same share of the positions there are."""
+    key, name = "max_position_embeddings", "original_max_position_embeddings"
+    scaled = {at: config[at] for at in ("rope_scaling", "rope_parameters") if name in (config.get(at) or {})}
+    if not config.get(key) or not sizes.get(key):
+        return {}
+    return {at: {**said, name: max(1, said[name] * sizes[key] // config[key])} for at, said in scaled.items()}
 
 
 def few_micro_batches(plan: Plan, number: int) -> int:
