@@ -158,14 +158,7 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
         if name in ledger and key:
             config[key] = ledger.number(name)
             ledger.mapped("It enters `model`.", name)
-    if known["model_type"] in ("llama", "qwen2", "qwen3", "mixtral"):
-        config.pop("rope_scaling", None)  # there it counts only where it is asked for
-        if ledger.flag("--use-rope-scaling"):
-            factor = ledger.number("--rope-scaling-factor", 8.0) or 0.0
-            if factor < 1:
-                ledger.refuse("--rope-scaling-factor", f"--rope-scaling-factor is {factor:g}; give 1 or more.")
-            config["rope_scaling"] = ROPE_OF_LLAMA31 | {"factor": factor}
-            ledger.mapped("It enters `model`, as Llama 3.1's.", "--use-rope-scaling", "--rope-scaling-factor")
+    _scaled_rotary(ledger, config)
     if known["model_type"].startswith("deepseek"):
         for name in (name for name in _LATENT if name in ledger):
             config[_LATENT[name]] = ledger.whole(name, least=0)
@@ -192,6 +185,19 @@ def _filled(ledger: Ledger, known: dict[str, Any], sizes: dict[str, int], length
         ledger.mapped("It enters `model`.", "--untie-embeddings-and-output-weights")
     _dropout(ledger, config)
     return family(config["model_type"], config)
+
+
+def _scaled_rotary(ledger: Ledger, config: dict[str, Any]) -> None:
+    """Rotary angles scaled as Llama 3.1's, which count only where they are asked for."""
+    if config["model_type"] not in ("llama", "qwen2", "qwen3", "mixtral"):
+        return
+    config.pop("rope_scaling", None)
+    if ledger.flag("--use-rope-scaling"):
+        factor = ledger.number("--rope-scaling-factor", 8.0) or 0.0
+        if factor < 1:
+            ledger.refuse("--rope-scaling-factor", f"--rope-scaling-factor is {factor:g}; give 1 or more.")
+        config["rope_scaling"] = ROPE_OF_LLAMA31 | {"factor": factor}
+        ledger.mapped("It enters `model`, as Llama 3.1's.", "--use-rope-scaling", "--rope-scaling-factor")
 
 
 _LATENT = {
