@@ -56,6 +56,19 @@ def test_a_plan_equals_one_device(pool: Pool, family: str, text: str) -> None:
     assert not any(pool.run(Plan.parse(text).world_size, verified, family, text))
 
 
+def rounded(text: str, intermediate: int) -> str | None:
+    """What is wrong with a step in float32, whose experts are multiplied in groups, or None."""
+    plan = Plan.parse(text)
+    config = {**fit(read_config("mixtral"), plan, TOKENS), "intermediate_size": intermediate}
+    verdict = verify_here(Case(config=config, plan=plan, num_tokens=TOKENS, dtype="float32"))
+    return None if verdict.equal else str(verdict)
+
+
+def test_parts_of_experts_that_no_grouped_product_takes(pool: Pool) -> None:
+    """Catches torch's refusal of rows that are no multiple of 16 bytes: 18 of 36 columns of four bytes each."""
+    assert not any(pool.run(2, rounded, "tensor=2 expert_tensor=2", 36))
+
+
 def test_starved_experts(pool: Pool) -> None:
     """Catches ranks that hang, or have no gradient, where no token comes to their experts: 4 tokens, 8 experts."""
     assert not any(pool.run(4, verified, "deepseek_v3", "ulysses=4 expert=4", 4, {"num_experts_per_tok": 1}))

@@ -414,7 +414,7 @@ def test_an_inner_ring_stays_where_it_divides() -> None:
 Refused = tuple[Callable[[], object], str, str]
 
 REFUSALS: dict[str, Refused] = {
-    "world too large": (lambda: check(Plan(), TINY, world=70_000), "70000", "it has 1 to 65,536."),
+    "world too large": (lambda: check(Plan(), TINY, world=70_000), "70,000", "it has 1 to 65,536."),
     "processes": (lambda: check(Plan(ring=2), TINY, world=3), "takes 2 processes", "there are 3. Try ring=3."),
     "heads": (lambda: check(Plan(ulysses=16), TINY), "ulysses=16", "largest degree is 12. Try ring=2 ulysses=8."),
     "too short": (lambda: check(Plan(ring=4), TINY, 3), "3 tokens", "the shortest sequence has 8."),

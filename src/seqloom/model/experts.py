@@ -16,7 +16,7 @@ and its gradients are zero (GShard, arXiv 2006.16668; uneven blocks in place of 
 dropped).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -181,7 +181,8 @@ def _computed(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     # transformers' grouped product is in the weights' type, also under autocast.
     stands = {name: p.to(computed_in(x)) if in_autocast(x) else p for name, p in {**held, **stands}.items()}
     own = type(module).forward.__wrapped__
-    forward = ALL_EXPERTS_FUNCTIONS.get_interface(module.dealt.inner, own)
+    inner = module.dealt.inner if _aligned(stands.values()) else "eager"
+    forward = ALL_EXPERTS_FUNCTIONS.get_interface(inner, own)
     before = dict(module._parameters)
     module._parameters.update(stands)
     try:
@@ -189,6 +190,11 @@ def _computed(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     finally:
         module._parameters.clear()
         module._parameters.update(before)
+
+
+def _aligned(weights: Iterable[Tensor]) -> bool:
+    """Whether rows of all matrices are whole multiples of 16 bytes, without which torch's grouped product refuses."""
+    return all(size * each.element_size() % 16 == 0 for each in weights if each.ndim == 3 for size in each.shape[1:])
 
 
 def _packed(module: Any) -> dict[str, tuple[tuple[str, ...], int]]:

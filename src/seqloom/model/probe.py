@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from seqloom.errors import ModelError, counted
 from seqloom.fabric import Fabric
 from seqloom.model.adapter import NAME, attend, register
 from seqloom.model.bloom import reroute
+from seqloom.model.experts import expert_modules
 from seqloom.model.tensor import split_model
 from seqloom.plan import Plan
 from seqloom.tensor import TensorGroup
@@ -57,6 +59,11 @@ def _witness(
     return value.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(1, 2), None
 
 
+def _all_alike(_module: nn.Module, x: Tensor, _index: Tensor, _weights: Tensor) -> Tensor:
+    """Stands in for experts, whose choice has no form on shapes alone."""
+    return x
+
+
 def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
     """Run the model's code once on shapes alone, split as one rank of `plan` has it.
 
@@ -72,10 +79,12 @@ def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
     heads = model.config.num_attention_heads // grid.heads
     witness = Probe(heads, held * gathered // scattered)
     with torch.device("meta"):
-        # In bfloat16, since the grouped product of experts has only that on the meta device.
-        twin = build(type(model.config).from_dict(model.config.to_dict())).to(torch.bfloat16)
+        twin = build(type(model.config).from_dict(model.config.to_dict()))
         twin.config.output_router_logits = False  # the balance of experts has no form on shapes alone
         connect(twin, probing=True)
+        if next(expert_modules(twin), None) is not None:
+            ALL_EXPERTS_FUNCTIONS.register(PROBE, _all_alike)
+            twin.set_experts_implementation(PROBE)
         try:
             if plan.tensor > 1:
                 split_model(twin, TensorGroup.of(Fabric.sketch(plan)))
