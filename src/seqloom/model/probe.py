@@ -79,7 +79,8 @@ def probe(model: PreTrainedModel, plan: Plan | None = None) -> None:
     heads = model.config.num_attention_heads // grid.heads
     witness = Probe(heads, held * gathered // scattered)
     with torch.device("meta"):
-        twin = build(type(model.config).from_dict(model.config.to_dict()))
+        # In bfloat16, which `Float64Islands` leaves as it is; of float32 it would lift a part.
+        twin = build(type(model.config).from_dict(model.config.to_dict())).to(torch.bfloat16)
         twin.config.output_router_logits = False  # the balance of experts has no form on shapes alone
         connect(twin, probing=True)
         if next(expert_modules(twin), None) is not None:
