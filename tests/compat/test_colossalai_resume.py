@@ -103,6 +103,13 @@ def refusals(folder: str) -> list[str]:
     refused(ConfigError, booster.save_optimizer, optimizer, place, prefix="module.")
     (Path(folder) / "file").write_text("")
     refused(CheckpointError, booster.save_optimizer, optimizer, Path(folder) / "file")
+    booster.save_optimizer(optimizer, place)  # once more in its place
+    booster.load_optimizer(optimizer, place)
+    booster.save_model(model, Path(folder) / "model", shard=True)
+    kept = sorted(path.name for path in (Path(folder) / "model").iterdir())
+    refused(CheckpointError, booster.save_optimizer, optimizer, Path(folder) / "model")
+    assert kept == sorted(path.name for path in (Path(folder) / "model").iterdir())
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["file", "model", "optimizer"]
     factored, adafactor, *_ = booster.boost(fresh := tiny(), torch.optim.Adafactor(fresh.parameters()))
     booster.backward(factored(IDS, labels=IDS).loss, adafactor)
     adafactor.step()
@@ -112,7 +119,8 @@ def refusals(folder: str) -> list[str]:
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(pool: Pool, tmp_path: Path) -> None:
-    """Catches moments loaded into another group's parameters, and factored state cut as if it had rows."""
+    """Catches moments loaded into another group's parameters, factored state cut as if it had rows, a saved model
+    deleted by an optimizer's state of the same name, and a second state that leaves none or two."""
     found = pool.run(1, refusals, str(tmp_path))[0]
-    wanted = ["cannot be read", "2 groups", "in group 0", "prefix", "is a file", "Adafactor keeps"]
+    wanted = ["cannot be read", "2 groups", "in group 0", "prefix", "is a file", "would delete", "Adafactor keeps"]
     assert [(word, said) for word, said in zip(wanted, found, strict=True) if word not in said] == []

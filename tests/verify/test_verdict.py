@@ -41,6 +41,22 @@ def test_scores_that_insist_on_float32(dtype: str) -> None:
     assert asked.config["reorder_and_upcast_attn"] is True
 
 
+def test_what_cases_share_a_run_on_one_device() -> None:
+    """Catches a split run held against one device's run of another model, batch or number of steps."""
+    base = case("ring=2")
+    assert base.on_one_device == case("ulysses=2").on_one_device == case("pipeline=2 schedule=gpipe").on_one_device
+    others = [
+        case("data=2"),
+        *(replace(base, **change) for change in ({"steps": 2}, {"accumulate": 2}, {"batch": 2}, {"seed": 1})),
+        *(replace(base, **change) for change in ({"documents": None}, {"rule": Mask(window=5)}, {"dtype": "bf16"})),
+        replace(base, config={**base.config, "rms_norm_eps": 1e-3}),
+        replace(base, plan=Plan(pipeline=2, schedule="zbv", ring=2), accumulate=3),
+    ]
+    assert len({each.on_one_device for each in (base, *others)}) == 1 + len(others)
+    dropped = [replace(case(text), dropout=0.1) for text in ("ring=2", "ulysses=2")]  # each plan has its own coins
+    assert dropped[0].on_one_device != dropped[1].on_one_device
+
+
 def on_last_rank(change: Callable[[nn.Module], None]) -> Any:
     """`sum_gradients` followed by a change of the model on the last rank."""
 

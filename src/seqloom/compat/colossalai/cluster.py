@@ -59,9 +59,11 @@ class DistCoordinator:
         first = distributed.get_rank(process_group) == executor_rank
         if not first:
             self.block_all(process_group)
-        yield
-        if first:
-            self.block_all(process_group)
+        try:
+            yield
+        finally:  # an error there is told, not waited for
+            if first:
+                self.block_all(process_group)
 
     def on_master_only(self, process_group: ProcessGroup | None = None) -> Callable[..., Any]:
         """A decorator of functions that the first process alone runs; on others they give None."""

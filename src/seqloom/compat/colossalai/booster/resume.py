@@ -22,7 +22,7 @@ def save_stepped(optimizer: BoostedOptimizer, folder: Path) -> None:
     """State by the names of parameters, each rank what it steps; groups with the names of theirs.
 
     Every rank calls it together. Raises ConfigError for state that is neither of its parameter's shape nor a number,
-    CheckpointError where a file stands in the way.
+    CheckpointError where a file, or a folder of something else, stands in the way.
     """
     module, fabric = optimizer.model.module, optimizer.model.fabric
     for piece, key in stepped_pieces(module, optimizer.optim):
@@ -34,7 +34,9 @@ def save_stepped(optimizer: BoostedOptimizer, folder: Path) -> None:
                 )
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, and an optimizer's state is a folder here; give another name.")
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    if other := sorted(path.name for path in folder.glob("*") if not _ours(path)):
+        raise CheckpointError(f"{folder} holds {other[0]}, which saving an optimizer would delete; give another name.")
+    unfinished, before = (folder.with_name(f"{folder.name}.{word}") for word in ("unfinished", "before"))
     groups = _groups(optimizer)
     if fabric.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -45,9 +47,17 @@ def save_stepped(optimizer: BoostedOptimizer, folder: Path) -> None:
     state = saved_state(module, optimizer.optim, fabric)
     write(unfinished, {name: held for name, held in state.items() if name.startswith(OPTIMIZER)})
     if fabric.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # it goes only when the new state stands in its place
+            shutil.rmtree(before, ignore_errors=True)
+            folder.rename(before)
         unfinished.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     barrier(fabric.world)
+
+
+def _ours(path: Path) -> bool:
+    """Whether a file is part of an optimizer's state."""
+    return path.name in (_GROUPS, ".metadata") or path.suffix == ".distcp"
 
 
 def load_stepped(optimizer: BoostedOptimizer, folder: Path) -> None:
